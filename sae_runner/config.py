@@ -1,0 +1,269 @@
+"""From YAML to objects: where configs live, what runs are called, how classes are built.
+
+A class's typed `__init__` is its schema. A number's allowed range stands in its type, as in
+`k: Positive` (see the aliases below), so it is checked before anything is built.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_runner.errors import ConfigError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number, carried in its type: `Annotated[int, Range(gt=0)]`."""
+
+    gt: float = -math.inf
+    ge: float = -math.inf
+    lt: float = math.inf
+    le: float = math.inf
+
+    def complaint(self, value: float) -> str | None:
+        """What is wrong with `value` (or with each of a list), or None."""
+        for sign, bound, bad in (
+            (">", self.gt, not value > self.gt), (">=", self.ge, not value >= self.ge),
+            ("<", self.lt, not value < self.lt), ("<=", self.le, not value <= self.le),
+        ):  # fmt: skip
+            if bad and not math.isinf(bound):
+                return f"must be {sign} {bound:g}"
+        return "must be finite" if math.isinf(value) or math.isnan(value) else None
+
+
+Positive = Annotated[int, Range(gt=0)]
+NonNegative = Annotated[int, Range(ge=0)]
+PositiveFloat = Annotated[float, Range(gt=0)]
+NonNegativeFloat = Annotated[float, Range(ge=0)]
+Fraction = Annotated[float, Range(ge=0, le=1)]
+"""From 0 to 1, both included."""
+ProperFraction = Annotated[float, Range(gt=0, lt=1)]
+"""Between 0 and 1, both excluded."""
+
+# What changes neither a number nor a byte of a result, and so not the name of a run.
+RUNTIME_KEYS = frozenset({
+    "model.batch_size", "dataset.workers", "dataset.max_bad", "store.prefetch",
+    "store.mix_rows_in_memory", "trainer.log_every", "trainer.checkpoints", "trainer.keep_state",
+})  # fmt: skip
+
+
+def config_dir() -> str:
+    """The built-in YAML: inside an installed wheel, or the repository's `configs/`."""
+    here = Path(__file__).parent
+    return str(next(p for p in (here / "configs", here.parent / "configs") if p.is_dir()))
+
+
+def options_of(group: str) -> list[str]:
+    """Names of the built-in options of a config group."""
+    return sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
+
+
+def fingerprint(value: Any) -> str:
+    """Eight hex digits that are equal exactly when the JSON of `value` is equal."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def identity(cfg: Mapping[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
+    """The part of a config that decides a result: `groups` without RUNTIME_KEYS, paths resolved.
+
+    A value that names an existing file or folder counts as where it really is, so that how a path
+    is spelled does not name a new run.
+    """
+
+    def clean(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping):
+            kept = {k: v for k, v in value.items() if f"{key}.{k}" not in RUNTIME_KEYS}
+            return {str(k): clean(v, f"{key}.{k}") for k, v in kept.items()}
+        if isinstance(value, list | tuple):
+            return [clean(v, key) for v in value]
+        if isinstance(value, str) and ("/" in value or key.endswith("path")) and value:
+            path = Path(value).expanduser()
+            return str(path.resolve()) if path.exists() else value
+        return value
+
+    values = plain(cfg)
+    return {group: clean(values.get(group), group) for group in groups}
+
+
+def plain(cfg: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A config as an ordinary dict, with its interpolations resolved."""
+    if cfg is None:
+        return {}
+    if isinstance(cfg, DictConfig):
+        return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    return dict(cfg)
+
+
+class Registry:
+    """Classes of one kind; the type `name` is registered by module `name` of `package`.
+
+    Other distributions add theirs through the entry-point group of the package's name.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind, self.package = kind, package
+        self.classes: dict[str, type] = {}
+
+    def register(self, name: str) -> Callable[[type], type]:
+        """Class decorator: make the class available as `type: name`."""
+
+        def add(cls: type) -> type:
+            self.classes[name] = cls
+            return cls
+
+        return add
+
+    def names(self) -> list[str]:
+        """Every type there is, read from file names without importing them."""
+        path = importlib.import_module(self.package).__path__
+        built_in = {m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_")}
+        return sorted((built_in - {"base"}) | set(self._entry_points()) | set(self.classes))
+
+    def _entry_points(self) -> dict[str, Any]:
+        from importlib.metadata import entry_points
+
+        return {entry.name: entry for entry in entry_points(group=self.package)}
+
+    def __getitem__(self, name: str) -> type:
+        if name not in self.classes:
+            if name not in self.names():
+                message = f"{self.kind}.type: no type {name!r}.{did_you_mean(name, self.names())}"
+                raise ConfigError(message)
+            if name in (found := self._entry_points()):
+                self.classes.setdefault(name, found[name].load())
+            else:
+                importlib.import_module(f"{self.package}.{name}")
+        if name not in self.classes:
+            raise ConfigError(f"{self.package}.{name} registers no class {name!r}")
+        return self.classes[name]
+
+    def check(self, cfg: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """The options of `cfg`, each of its declared type and range, without building anything.
+
+        Raises:
+            ConfigError: unknown type or key, missing key, wrong type, value out of range.
+        """
+        options = plain(cfg)
+        where = where or self.kind
+        name = options.pop("type", None)
+        if name is None:
+            raise ConfigError(f"'{where}.type' needs a value.{did_you_mean('', self.names())}")
+        return checked_options(self[str(name)], options, where=where)
+
+    def build(self, cfg: Mapping[str, Any], where: str = "", **runtime: Any) -> Any:
+        """Construct `cfg.type` from the other keys of `cfg` and objects known only at run time."""
+        options = self.check(cfg, where)
+        cls = self[plain(cfg)["type"]]
+        known = inspect.signature(cls).parameters
+        return cls(**options, **{k: v for k, v in runtime.items() if k in known})
+
+
+def checked_options(
+    target: Callable[..., Any], options: Mapping[str, Any], *, where: str
+) -> dict[str, Any]:
+    """`options`, each converted to what the signature of `target` declares.
+
+    Keyword-only parameters are the options; positional ones are objects known only at run time.
+    """
+    parameters = inspect.signature(target).parameters
+    expected = {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if unknown := sorted(map(str, options.keys() - expected.keys())):
+        raise ConfigError(f"no key '{where}.{unknown[0]}'.{did_you_mean(unknown[0], expected)}")
+    if missing := [k for k, p in expected.items() if p.default is p.empty and k not in options]:
+        raise ConfigError(f"'{where}.{missing[0]}' needs a value")
+    hints = typing.get_type_hints(
+        target.__init__ if inspect.isclass(target) else target, include_extras=True
+    )
+    return {k: convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in options.items()}
+
+
+def convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as `hint`, by the rules OmegaConf applies to a structured config's field.
+
+    Literals, ranges (`Annotated[int, Range(…)]`) and unions with other types are understood too.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = convert(value, arguments[0], key)
+        for bound in arguments[1:]:
+            numbers = value if isinstance(value, list | tuple) else [value]
+            for number in numbers if isinstance(bound, Range) else []:
+                if number is not None and (complaint := bound.complaint(number)):
+                    raise ConfigError(f"{key}={number}: {complaint}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return convert_union(value, arguments, key)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(
+                f"{key}={value}: not one of its values.{did_you_mean(value, arguments)}"
+            )
+        return value
+    if hint is Any:
+        return value
+    schema = dataclasses.make_dataclass("Schema", [("value", hint)])
+    try:
+        return cast(Any, OmegaConf.to_object(OmegaConf.structured(schema(value)))).value
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from None
+
+
+def convert_union(value: Any, members: tuple[Any, ...], key: str) -> Any:
+    """`value` as the first member that takes it; a None is only ever itself."""
+    if value is None and type(None) in members:
+        return None
+    first: ConfigError | None = None
+    for member in members:
+        if member is type(None):
+            continue
+        # "all" is a str as it stands: only what is not yet a member is converted.
+        try:
+            return convert(value, member, key)
+        except ConfigError as error:
+            first = first or error
+    raise first or ConfigError(f"{key}={value}: no value is allowed here")
+
+
+def construct(
+    target: Callable[..., Any], options: Mapping[str, Any], *, where: str, **runtime: Any
+) -> Any:
+    """Call `target` with `options` checked against its signature, and run-time objects."""
+    return target(**checked_options(target, options, where=where), **runtime)
+
+
+def resolve_device(name: str) -> str:
+    """`auto` as the best device here: cuda, mps, else cpu.
+
+    Raises:
+        ConfigError: the device is unknown to torch or absent.
+    """
+    import torch
+
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        rank = os.environ.get("LOCAL_RANK", "0")
+        return f"cuda:{rank}" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        options = ["auto", "cpu", "cuda", "mps"]
+        raise ConfigError(f"device={name}: no such device.{did_you_mean(name, options)}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: {torch.cuda.device_count()} CUDA devices here; use cpu")
+    if device.type == "mps" and not has_mps:
+        raise ConfigError(f"device={name}: no MPS device here; use device=cpu")
+    return name

@@ -1,0 +1,411 @@
+"""What a model under study can do: list its sites, record them, run with one of them replaced.
+
+Every tensor that leaves this module has the shape [examples, tokens, d], whatever the host's own
+layout is: a convolution map becomes its h·w cells, a pooled vector one token.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from sae_runner.data.base import Dataset, Example
+from sae_runner.errors import ConfigError, did_you_mean
+
+Edit = Callable[[Float[Tensor, "n tokens d"]], Float[Tensor, "n tokens d"]]
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One tensor of a model that can be recorded or replaced."""
+
+    name: str
+    """Canonical: `blocks.3.resid_post`, the same on every host."""
+    module: str
+    """The host's own name of the module that carries it; accepted as a site name too."""
+    d: int
+    """Width: numbers per token."""
+    kind: Literal["tokens", "map", "vector"]
+    n_tokens: int | None
+    """Tokens per example, class and register tokens included; None where inputs decide."""
+    n_prefix: int = 0
+    """Class and register tokens, which come before the patches."""
+    has_cls: bool = False
+    """Whether token 0 is a class token."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the patches or of the map."""
+
+
+@dataclass
+class Inputs:
+    """A batch as a host takes it. The first axis of every tensor is the example."""
+
+    ids: Int64[Tensor, " n"]
+    tensors: dict[str, Tensor]
+    """What the host's forward takes, e.g. `pixels` [n, 3, h, w] or `tokens` [n, t]."""
+    attended: Bool[Tensor, "n t"] | None = None
+    """Text: True where a token is no padding."""
+    special: Bool[Tensor, "n t"] | None = None
+    """Text: True at BOS, EOS, CLS, SEP and their like."""
+    labels: Int64[Tensor, " n"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: str | torch.device) -> "Inputs":
+        """The same batch on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The batch with `change` applied to each of its tensors."""
+        optional = {k: getattr(self, k) for k in ("attended", "special", "labels")}
+        return replace(
+            self,
+            ids=change(self.ids),
+            tensors={k: change(v) for k, v in self.tensors.items()},
+            **{k: None if v is None else change(v) for k, v in optional.items()},
+        )
+
+
+class Model(ABC):
+    """A frozen network: what the runner, the store and the evaluators know of one."""
+
+    modality: Literal["image", "text", "rows"]
+    device: torch.device
+
+    @abstractmethod
+    def sites(self) -> dict[str, SiteInfo]:
+        """Every site by its canonical name, in the order of the computation."""
+
+    @abstractmethod
+    def prepare(self, examples: Sequence[Example]) -> Inputs:
+        """Preprocess and batch examples, on the CPU. Safe to call from several threads."""
+
+    @abstractmethod
+    def record(self, inputs: Inputs, sites: Sequence[str]) -> dict[str, Float[Tensor, "n t d"]]:
+        """Activations at `sites` (canonical names); stops after the last of them is known.
+
+        Gradients flow when they are enabled: nothing is detached here.
+        """
+
+    @abstractmethod
+    def splice(
+        self,
+        inputs: Inputs,
+        edits: Mapping[str, Edit],
+        positions: Bool[Tensor, "n t"] | None = None,
+    ) -> Tensor:
+        """The model's output with `edits` applied at sites, where `positions` is True."""
+
+    @abstractmethod
+    def resume_from(self, site: str, x: Float[Tensor, "n t d"], state: Inputs) -> Tensor:
+        """The model's output when `site` holds `x`, running only what lies after it if possible.
+
+        `state` is the batch that `x` came from; when `x` has more rows, `state` is repeated, so
+        one input can be continued from many edits of it.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 over weights and preprocessing (hex)."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the model: weights, preprocessing, versions."""
+
+    def adapt(self, dataset: Dataset) -> Dataset:
+        """The dataset as this model reads it (a language model packs running text here)."""
+        return dataset
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What fine-tuning would change."""
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a site is found in a host: a module, which side of it, and its layout."""
+
+    module: str
+    side: Literal["output", "input"] = "output"
+    item: int | None = None
+    """Index into the output when that is a tuple."""
+    layout: Literal["NLD", "LND", "NCHW", "NHWC", "ND", "NLHD"] = "NLD"
+    columns: tuple[int, int] | None = None
+    """Start and stop in the last axis, for one head of several."""
+
+    def read(self, value: Any) -> Tensor:
+        """The site's [n, tokens, d] in what the module took or gave."""
+        return self._columns(self._canonical(self._pick(value)))
+
+    def write(self, value: Any, x: Tensor) -> Any:
+        """`value` with the site's part replaced by `x` [n, tokens, d]."""
+        old = self._pick(value)
+        if self.columns is not None:
+            whole = self._canonical(old)
+            start, stop = self.columns
+            x = torch.cat([whole[..., :start], x, whole[..., stop:]], dim=-1)
+        match self.layout:
+            case "NLD":
+                new = x
+            case "LND":
+                new = x.transpose(0, 1)
+            case "NCHW":
+                new = x.transpose(1, 2).reshape(len(x), -1, *old.shape[2:])
+            case "NHWC" | "NLHD":
+                new = x.reshape(len(x), *old.shape[1:])
+            case "ND":
+                new = x.squeeze(1)
+        if not isinstance(value, tuple | list):
+            return new
+        return type(value)([*value[: self.item or 0], new, *value[(self.item or 0) + 1 :]])
+
+    def _pick(self, value: Any) -> Tensor:
+        if isinstance(value, tuple | list):
+            value = value[self.item or 0]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.module} gives a {type(value).__name__}, not a tensor")
+        return value
+
+    def _canonical(self, x: Tensor) -> Tensor:
+        match self.layout:
+            case "NLD":
+                return x
+            case "LND":
+                return x.transpose(0, 1)
+            case "NCHW":
+                return x.flatten(2).transpose(1, 2)
+            case "NHWC":
+                return x.flatten(1, -2)
+            case "NLHD":
+                return x.flatten(2)
+            case "ND":
+                return x.unsqueeze(1)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        return x if self.columns is None else x[..., self.columns[0] : self.columns[1]]
+
+
+class _Stop(Exception):
+    """Raised by the last recording hook: nothing after it is needed."""
+
+
+class HookedModel(Model):
+    """A model in PyTorch whose sites are modules; hosts say which, and how to call it.
+
+    A host sets `network`, `device`, `modality` and `block_paths`, and defines `forward`, `taps`,
+    `probe`, `prepare`, `fingerprint` and `describe`.
+    """
+
+    network: nn.Module
+    block_paths: Sequence[str] = ()
+    """Residual blocks in order, by module name: what `resume_from` can leave out."""
+    n_prefix: int = 0
+    has_cls: bool = False
+    grid: tuple[int, int] | None = None
+
+    def __init__(self) -> None:
+        self._sites: dict[str, SiteInfo] | None = None
+
+    @abstractmethod
+    def forward(self, inputs: Inputs) -> Tensor:
+        """The network's own output: embeddings [n, d], class logits [n, c] or [n, t, vocab]."""
+
+    @abstractmethod
+    def taps(self) -> dict[str, Tap]:
+        """Canonical site name to where it is found, in the order of the computation."""
+
+    @abstractmethod
+    def probe(self, n: int) -> Inputs:
+        """`n` made-up examples on this model's device, to learn shapes from."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module of the network by name."""
+        return dict(self.network.named_modules())
+
+    def sites(self) -> dict[str, SiteInfo]:
+        """Shapes learned from a made-up batch, which also proves the batch axis and the hooks.
+
+        A tap whose module never runs is left out; one whose first axis is not the batch is refused.
+        """
+        if self._sites is None:
+            self._sites = self._probe_sites()
+        return self._sites
+
+    def _probe_sites(self) -> dict[str, SiteInfo]:
+        n = 3  # A batch that no model has as a number of tokens or channels.
+        taps, seen = self.taps(), dict[str, Tensor]()
+        with torch.no_grad(), self._hooks(taps, seen.__setitem__):
+            self.forward(self.probe(n))
+        found = {}
+        for name, tap in taps.items():
+            if name not in seen:
+                continue
+            x = seen[name]
+            if x.ndim != 3 or x.shape[0] != n:
+                raise ConfigError(
+                    f"site {name!r} ({tap.module}): axis 0 of its tensor is not the batch: "
+                    f"{tuple(x.shape)} for {n} examples in layout {tap.layout}"
+                )
+            found[name] = self.site_info(name, tap, x)
+        return found
+
+    def site_info(self, name: str, tap: Tap, x: Tensor) -> SiteInfo:
+        """Describe a site from a recorded example batch `x`; hosts refine it."""
+        tokens = x.shape[1]
+        if tap.layout == "ND":
+            return SiteInfo(name, tap.module, x.shape[2], "vector", 1)
+        if tap.layout in ("NCHW", "NHWC"):
+            side = round(tokens**0.5)
+            grid = (side, side) if side * side == tokens else None
+            return SiteInfo(name, tap.module, x.shape[2], "map", tokens, grid=grid)
+        fixed = tokens if self.modality == "image" else None
+        prefix, has_cls = self.n_prefix, self.has_cls
+        return SiteInfo(
+            name, tap.module, x.shape[2], "tokens", fixed, prefix, has_cls, grid=self.grid
+        )
+
+    @contextmanager
+    def _hooks(
+        self, taps: Mapping[str, Tap], visit: Callable[[str, Tensor], Any], *, edit: bool = False
+    ) -> Iterator[None]:
+        """Call `visit(name, x)` whenever a tapped module runs; with `edit`, put back its result."""
+        modules, handles = self.modules(), []
+        for name, tap in taps.items():
+            if tap.module not in modules:
+                raise ConfigError(
+                    f"site {name!r}: this network has no module {tap.module!r}."
+                    f"{did_you_mean(tap.module, modules, limit=8)}"
+                )
+            module = modules[tap.module]
+            if tap.side == "input":
+                hook = _input_hook(name, tap, visit, edit)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(_output_hook(name, tap, visit, edit)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _taps(self, names: Sequence[str]) -> dict[str, Tap]:
+        every = self.taps()
+        if missing := [name for name in names if name not in every]:
+            raise ConfigError(
+                f"site.name: no site {missing[0]!r}.{did_you_mean(missing[0], every)}"
+            )
+        return {name: every[name] for name in names}
+
+    def record(self, inputs: Inputs, sites: Sequence[str]) -> dict[str, Tensor]:
+        """See `Model.record`."""
+        taps, seen = self._taps(sites), dict[str, Tensor]()
+
+        def visit(name: str, x: Tensor) -> None:
+            seen[name] = x
+            if len(seen) == len(taps):
+                raise _Stop
+
+        with self._hooks(taps, visit):
+            try:
+                self.forward(inputs)
+            except _Stop:
+                pass
+            else:
+                silent = next(name for name in taps if name not in seen)
+                raise ConfigError(f"site {silent!r}: its module never ran in the forward pass")
+        for name, x in seen.items():
+            if x.shape[0] != len(inputs):
+                raise ConfigError(f"site {name!r}: {x.shape[0]} rows for {len(inputs)} examples")
+        return {name: seen[name] for name in sites}
+
+    def splice(
+        self,
+        inputs: Inputs,
+        edits: Mapping[str, Edit],
+        positions: Bool[Tensor, "n t"] | None = None,
+    ) -> Tensor:
+        """See `Model.splice`."""
+
+        def visit(name: str, x: Tensor) -> Tensor:
+            changed = edits[name](x)
+            if positions is None:
+                return changed
+            return torch.where(positions.to(x.device).unsqueeze(-1), changed, x)
+
+        with self._hooks(self._taps(list(edits)), visit, edit=True):
+            return self.forward(inputs)
+
+    def resume_from(self, site: str, x: Float[Tensor, "n t d"], state: Inputs) -> Tensor:
+        """See `Model.resume_from`; blocks before `site` are left out when it is a block's output.
+
+        Elsewhere the whole network runs again with the site replaced.
+        """
+        if len(x) != len(state):
+            if len(x) % len(state):
+                raise ValueError(f"{len(x)} rows are no multiple of the {len(state)} in the state")
+            repeats = len(x) // len(state)
+            state = state.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        tap, modules = self._taps([site])[site], self.modules()
+        skipped: Sequence[str] = ()
+        if tap.side == "output" and tap.columns is None and tap.module in self.block_paths:
+            skipped = self.block_paths[: list(self.block_paths).index(tap.module)]
+        with _left_out([modules[path] for path in skipped]):
+            return self.splice(state, {site: lambda _: x})
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See `Model.parameters`."""
+        return self.network.parameters()
+
+
+def _input_hook(name: str, tap: Tap, visit: Callable[[str, Tensor], Any], edit: bool) -> Any:
+    def hook(_: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
+        if arguments:
+            changed = visit(name, tap.read(arguments[0]))
+            return ((tap.write(arguments[0], changed), *arguments[1:]), options) if edit else None
+        key = next(iter(options))  # e.g. hidden_states=…: some libraries pass keywords only.
+        changed = visit(name, tap.read(options[key]))
+        return ((), {**options, key: tap.write(options[key], changed)}) if edit else None
+
+    return hook
+
+
+def _output_hook(name: str, tap: Tap, visit: Callable[[str, Tensor], Any], edit: bool) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        changed = visit(name, tap.read(output))
+        return tap.write(output, changed) if edit else None
+
+    return hook
+
+
+@contextmanager
+def _left_out(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let residual blocks hand on what they were given, inside the block."""
+
+    def hand_on(*arguments: Any, **options: Any) -> Any:
+        return arguments[0] if arguments else next(iter(options.values()))
+
+    for module in modules:
+        module.forward = hand_on
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def weights_hash(network: nn.Module, *facts: Any) -> str:
+    """SHA-256 (hex) over the network's tensors, by name, and over `facts`."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.device.type != "meta":
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What a run has to say: schema, figures, tables and comparisons."""

@@ -1,0 +1,1 @@
+"""Cached activations: manifest, writer, reader."""
