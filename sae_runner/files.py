@@ -1,0 +1,179 @@
+"""Files that are whole or absent: atomic writes, hashes, locks between processes, free space."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_runner.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("sae_runner")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it, flushed to disk, when the block succeeds.
+
+    The block may write a file or make a folder there. On any failure nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
+    remove(temporary)
+    try:
+        yield temporary
+        for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
+            if file.is_file():
+                flush(file)
+        if path.is_dir():
+            # A folder cannot replace a full one in one step: move the old one out of the way.
+            old = path.parent / f".{path.name}.{os.getpid()}.old"
+            path.rename(old)
+            temporary.rename(path)
+            remove(old)
+        else:
+            temporary.replace(path)
+        flush(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Force a file, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Some file systems have no fsync for folders.
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; an absent one is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, refusing NaN and infinity."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", **metadata: str) -> None:
+    """Write a safetensors file atomically."""
+    from safetensors.torch import save_file
+
+    with atomic(path) as temporary:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes (hex)."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that goes with `path`; others wait for it and say so.
+
+    The lock is the kernel's, on `.<name>.lock` beside `path`, so it ends with the process that
+    holds it, however that ends.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; one process at a time is up to the user there.
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            log.info("waiting for %s, which process %s is writing", path, holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` (or itself) that exists."""
+    path = Path(path).absolute()
+    return next(p for p in [path, *path.parents] if p.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Free space where `path` is or would be."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def require_space(path: Path, n_bytes: int, what: str) -> None:
+    """Refuse to start what will not fit.
+
+    Raises:
+        InputError: fewer than `n_bytes` (and a little) are free.
+    """
+    free = free_bytes(path)
+    if n_bytes + 64 * 2**20 > free:
+        raise InputError(
+            f"{what} needs {size(n_bytes)}, {size(free)} free in {existing_parent(path)}: "
+            "set outputs=DIR on a larger disk, fewer examples, or store=stream"
+        )
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be written, before anything is computed.
+
+    Raises:
+        InputError: the folder is a file, or no file can be made in it.
+    """
+    parent = existing_parent(folder)
+    try:
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(parent))
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"outputs={folder}: cannot write in {parent}: {error.strerror}") from None
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
+
+
+def size(n_bytes: float) -> str:
+    """`1.4 GB` and the like (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n_bytes) < 1000 or unit == "TB":
+            return f"{n_bytes:.0f} {unit}" if unit in ("B", "kB") else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError
