@@ -48,6 +48,8 @@ class EvalContext:
     n_prefix: int = 0
     """Class and register tokens of the site (positions below it are no patches)."""
     has_cls: bool = False
+    mean: Float[Tensor, " d_in"] | None = None
+    """Mean of the held-out rows, where the store knows it before the pass (float64 if it can)."""
     dataset: Callable[[], Dataset] | None = None
     """Loads the dataset, when asked."""
     model: Callable[[], Model] | None = None
