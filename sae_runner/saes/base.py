@@ -8,68 +8,22 @@ contiguous, the field's usual orientation.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from sae_runner.errors import ConfigError, StoreError
+from sae_runner.saes._initialisation import geometric_median, random_directions
+from sae_runner.saes._latents import Latents as Latents
+from sae_runner.saes._latents import sum_rows as sum_rows
 
 InputScaling = Literal["none", "sqrt_d", "unit_mean_square"]
+BiasInit = Literal["zero", "mean", "geometric_median"]
 
-
-@dataclass(frozen=True)
-class Latents:
-    """Sparse latents of n rows in CSR form: what travels between SAE, evaluators and disk."""
-
-    offsets: Int64[Tensor, " n_plus_1"]
-    """Row t owns the entries from offsets[t] to offsets[t + 1]."""
-    indices: Int[Tensor, " nnz"]
-    """Which latent each entry is of; ascending within a row."""
-    values: Float[Tensor, " nnz"]
-    d_sae: int
-
-    @classmethod
-    def from_dense(cls, acts: Float[Tensor, "n d_sae"]) -> "Latents":
-        """The non-zero entries of dense latents."""
-        rows, indices = acts.nonzero(as_tuple=True)
-        counts = torch.bincount(rows, minlength=len(acts))
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(offsets, indices, acts[rows, indices], acts.shape[1])
-
-    @classmethod
-    def from_topk(
-        cls, values: Float[Tensor, "n k"], indices: Int64[Tensor, "n k"], d_sae: int
-    ) -> "Latents":
-        """The non-zero ones of k chosen latents of each row."""
-        indices, order = indices.sort(dim=1)
-        values = values.gather(1, order)
-        active = values != 0
-        offsets = torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
-        return cls(offsets, indices[active], values[active], d_sae)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def counts(self) -> Int64[Tensor, " n"]:
-        """How many latents are active in each row: the row's L0."""
-        return self.offsets.diff()
-
-    @property
-    def rows(self) -> Int64[Tensor, " nnz"]:
-        """The row of each entry."""
-        return torch.repeat_interleave(
-            torch.arange(len(self), device=self.offsets.device), self.counts
-        )
-
-    def dense(self) -> Float[Tensor, "n d_sae"]:
-        """The same latents with their zeros. For small d_sae only."""
-        acts = self.values.new_zeros(len(self), self.d_sae)
-        acts[self.rows, self.indices] = self.values
-        return acts
+ENCODE_CHUNK_BYTES = 64 * 2**20
+"""Dense pre-activations that `encode_sparse` holds at a time."""
 
 
 class SAEOutput(NamedTuple):
@@ -152,23 +106,25 @@ class SAE(nn.Module):
         """Dense latents: the definition, for small cases and as reference."""
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> Latents:
-        """The same latents, sparse."""
+        """The same latents, sparse; few rows at a time are ever dense."""
+        n_rows = max(1, ENCODE_CHUNK_BYTES // (self.d_sae * self.W_enc_rows.element_size()))
+        return Latents.concatenate([self.encode_chunk(part) for part in torch.split(x, n_rows)])
+
+    def encode_chunk(self, x: Float[Tensor, "n d_in"]) -> Latents:
+        """Sparse latents of so few rows that [n, d_sae] fits; rows must not depend on others."""
         return Latents.from_dense(self.encode(x))
 
     def decode(self, latents: Latents | Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
         """`x_hat = (f W_dec + b_dec) / s`."""
         if isinstance(latents, Latents):
-            summed = nn.functional.embedding_bag(
-                latents.indices,
-                self.W_dec,
-                latents.offsets,
-                mode="sum",
-                per_sample_weights=latents.values.to(self.W_dec.dtype),
-                include_last_offset=True,
-            )
+            summed = sum_rows(self.W_dec, latents.indices, latents.values, latents.offsets)
         else:
             summed = latents @ self.W_dec
         return (summed + self.b_dec) / self.input_scale
+
+    def scaled(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """`s x`, in the precision of the weights: what the weights and the losses see."""
+        return x.to(self.b_dec.dtype) * self.input_scale
 
     def forward(self, x: Float[Tensor, "n d_in"]) -> SAEOutput:
         """Latents and reconstruction of raw activations."""
@@ -193,6 +149,23 @@ class SAE(nn.Module):
         elif self.input_scaling == "unit_mean_square":
             scale = max(stats.mean_square_norm, 1e-24) ** -0.5
         self.input_scale.fill_(scale)
+
+    @torch.no_grad()
+    def initialise_weights(self, decoder_norm: float, generator: torch.Generator) -> None:
+        """Random decoder directions of one norm, the encoder their copy, biases zero."""
+        self.W_dec.copy_(decoder_norm * random_directions(self.d_sae, self.d_in, generator))
+        self.W_enc_rows.copy_(self.W_dec)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+
+    @torch.no_grad()
+    def initialise_b_dec(self, stats: ActivationStats, how: BiasInit) -> None:
+        """Set b_dec to zero or to a centre of the activations; needs `set_input_scale` before."""
+        if how == "zero":
+            self.b_dec.zero_()
+            return
+        centre = stats.mean if how == "mean" else geometric_median(stats.sample.float())
+        self.b_dec.copy_(centre.to(self.b_dec) * self.input_scale)
 
     def before_step(self) -> None:
         """Called after backward and before clipping: constraints on gradients."""
@@ -240,19 +213,17 @@ class SAE(nn.Module):
         Raises:
             StoreError: a tensor is missing, surplus or of another shape.
         """
-        state = dict(tensors)
-        if "W_enc" in state:
-            state["W_enc_rows"] = state.pop("W_enc").T
-        own = self.state_dict()
-        if missing := sorted(own.keys() ^ state.keys()):
-            raise StoreError(
-                f"checkpoint of type {self.type!r}: tensor {missing[0]!r} does not fit"
-            )
+        own = self.tensors()
+        if wrong := sorted(own.keys() ^ tensors.keys()):
+            what = "lacks" if wrong[0] in own else "has a surplus"
+            raise StoreError(f"checkpoint of type {self.kind!r} {what} tensor {wrong[0]!r}")
         for name, tensor in own.items():
-            if state[name].shape != tensor.shape:
-                found, wanted = tuple(state[name].shape), tuple(tensor.shape)
+            if tensors[name].shape != tensor.shape:
+                found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
                 raise StoreError(f"checkpoint: {name} has shape {found}, expected {wanted}")
-            tensor.copy_(state[name])
+        for name, tensor in self.state_dict().items():
+            stored = tensors["W_enc"].T if name == "W_enc_rows" else tensors[name]
+            tensor.copy_(stored)
 
     def config(self) -> dict[str, Any]:
         """`type`, sizes and options: what `cfg.json` keeps and `SAES.build` takes."""

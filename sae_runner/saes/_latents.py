@@ -1,0 +1,87 @@
+"""Sparse latents in memory, and the one sum that a decoder makes of them."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Sparse latents of n rows in CSR form: what travels between SAE, evaluators and disk."""
+
+    offsets: Int64[Tensor, " n_plus_1"]
+    """Row t owns the entries from offsets[t] to offsets[t + 1]."""
+    indices: Int[Tensor, " nnz"]
+    """Which latent each entry is of; ascending within a row."""
+    values: Float[Tensor, " nnz"]
+    d_sae: int
+
+    @classmethod
+    def from_dense(cls, acts: Float[Tensor, "n d_sae"]) -> "Latents":
+        """The non-zero entries of dense latents."""
+        rows, indices = acts.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=len(acts))
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(offsets, indices, acts[rows, indices], acts.shape[1])
+
+    @classmethod
+    def from_topk(
+        cls, values: Float[Tensor, "n k"], indices: Int64[Tensor, "n k"], d_sae: int
+    ) -> "Latents":
+        """The non-zero ones of k chosen latents of each row."""
+        indices, order = indices.sort(dim=1)
+        values = values.gather(1, order)
+        active = values != 0
+        offsets = torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
+        return cls(offsets, indices[active], values[active], d_sae)
+
+    @classmethod
+    def concatenate(cls, parts: "list[Latents]") -> "Latents":
+        """The rows of `parts` one after another; at least one part."""
+        counts = torch.cat([part.counts for part in parts])
+        return cls(
+            torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            torch.cat([part.indices for part in parts]),
+            torch.cat([part.values for part in parts]),
+            parts[0].d_sae,
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def counts(self) -> Int64[Tensor, " n"]:
+        """How many latents are active in each row: the row's L0."""
+        return self.offsets.diff()
+
+    @property
+    def rows(self) -> Int64[Tensor, " nnz"]:
+        """The row of each entry."""
+        return torch.repeat_interleave(
+            torch.arange(len(self), device=self.offsets.device), self.counts
+        )
+
+    def dense(self) -> Float[Tensor, "n d_sae"]:
+        """The same latents with their zeros. For small d_sae only."""
+        acts = self.values.new_zeros(len(self), self.d_sae)
+        acts[self.rows, self.indices] = self.values
+        return acts
+
+
+def sum_rows(
+    weights: Float[Tensor, "d_sae d_in"],
+    indices: Int[Tensor, "..."],
+    values: Float[Tensor, "..."],
+    offsets: Int64[Tensor, " n_plus_1"] | None = None,
+) -> Float[Tensor, "n d_in"]:
+    """`f W` from sparse f: `indices` and `values` are [n, k], or flat with CSR `offsets`."""
+    return nn.functional.embedding_bag(
+        indices.long(),
+        weights,
+        offsets,
+        mode="sum",
+        per_sample_weights=values.to(weights.dtype),
+        include_last_offset=offsets is not None,
+    )
