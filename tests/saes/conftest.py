@@ -1,0 +1,100 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from sae_runner.saes import SAES
+from sae_runner.saes.base import SAE, ActivationStats, TrainState
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "sae"
+
+
+def build(kind: str, d_in: int, d_sae: int, **options: Any) -> SAE:
+    """An SAE from its YAML with a small k; options that its kind lacks are ignored."""
+    cfg = OmegaConf.load(CONFIGS / f"{kind}.yaml")
+    cfg.update({"d_sae": d_sae, "expansion": None})
+    cfg.update({key: value for key, value in {"k": 3, **options}.items() if key in cfg})
+    return SAES.build(cfg, d_in=d_in)
+
+
+def stats_of(x: torch.Tensor) -> ActivationStats:
+    norms = x.double().norm(dim=1)
+    return ActivationStats(x.mean(0), norms.mean().item(), norms.square().mean().item(), x)
+
+
+def planted_rows(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that are sums of about 3 of 64 directions in 32 dimensions, and the directions."""
+    generator = torch.Generator().manual_seed(7)
+    directions = torch.randn(64, 32, generator=generator)
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    active = torch.rand(n, 64, generator=generator) < 3 / 64
+    return (active * (0.5 + torch.rand(n, 64, generator=generator))) @ directions, directions
+
+
+def train(sae: SAE, x: torch.Tensor, *, n_steps: int, lr: float = 2e-3) -> None:
+    """The order of a training step, without a trainer."""
+    generator = torch.Generator().manual_seed(0)
+    sae.initialise(stats_of(x), generator)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=lr)
+    silent = torch.zeros(sae.d_sae)
+    for step in range(n_steps):
+        batch = x[torch.randint(len(x), (256,), generator=generator)]
+        loss = sae.loss(batch, TrainState(silent > 5_000, min(1.0, step / 100)))
+        optimiser.zero_grad()
+        loss.total.backward()
+        sae.before_step()
+        optimiser.param_groups[0]["lr"] = lr * min(1.0, 5 * (1 - step / n_steps))
+        optimiser.step()
+        sae.after_step()
+        silent = torch.where(loss.fired > 0, 0.0, silent + len(batch))
+
+
+@pytest.fixture
+def make() -> Callable[..., SAE]:
+    """Build and initialise an SAE on 64 random rows that are off centre and of no standard size."""
+
+    def initialised(kind: str, d_in: int = 8, d_sae: int = 24, **options: Any) -> SAE:
+        sae = build(kind, d_in, d_sae, **options)
+        generator = torch.Generator().manual_seed(1)
+        x = 3 * torch.randn(64, d_in, generator=generator) + 1
+        sae.initialise(stats_of(x), torch.Generator().manual_seed(2))
+        with torch.no_grad():  # Biases that are not zero, so that tests see where they enter.
+            sae.b_enc.copy_(0.1 * torch.randn(d_sae, generator=generator))
+            sae.b_dec.add_(0.1 * torch.randn(d_in, generator=generator))
+        return sae
+
+    return initialised
+
+
+@pytest.fixture
+def rows() -> Callable[..., torch.Tensor]:
+    def draw(n: int, d_in: int = 8, seed: int = 3) -> torch.Tensor:
+        return 3 * torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)) + 1
+
+    return draw
+
+
+@pytest.fixture
+def recovered() -> Callable[..., float]:
+    """Mean over planted directions of the best cosine with a decoder row, after training."""
+
+    def measure(sae: SAE, n_steps: int) -> float:
+        x, directions = planted_rows(8_192)
+        train(sae, x, n_steps=n_steps)
+        decoder = sae.W_dec.detach() / sae.W_dec.detach().norm(dim=1, keepdim=True)
+        return (directions @ decoder.T).max(1).values.mean().item()
+
+    return measure
+
+
+@pytest.fixture
+def new() -> Callable[..., SAE]:
+    return build
+
+
+@pytest.fixture
+def stats() -> Callable[..., ActivationStats]:
+    return stats_of
