@@ -1,0 +1,108 @@
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sae_runner.errors import ConfigError, StoreError
+from sae_runner.models._artefact import FACTS, WEIGHTS, assign, load, trained
+
+IDENTITY = {"seed": 0, "sizes": [3, 2]}
+
+
+def weights() -> dict[str, Tensor]:
+    return {"weight": torch.arange(6.0).view(3, 2).T, "bias": torch.ones(2)}
+
+
+def test_it_trains_once_and_is_read_back(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        calls.append(1)
+        return weights(), {"heldout_accuracy": 0.5}
+
+    first = trained(tmp_path, "net", IDENTITY, train)
+    again = trained(tmp_path, "net", IDENTITY, train)
+    assert len(calls) == 1
+    for artefact in (first, again):
+        assert artefact.facts["heldout_accuracy"] == 0.5
+        assert artefact.facts["identity"] == IDENTITY
+        assert all(torch.equal(artefact.tensors[k], v) for k, v in weights().items())
+    (folder,) = (tmp_path / "models").glob("net-*")
+    assert sorted(p.name for p in folder.iterdir()) == [FACTS, WEIGHTS]
+    trained(tmp_path, "net", {**IDENTITY, "seed": 1}, train)
+    assert len(calls) == 2
+
+
+def test_a_training_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="luck"):
+        trained(tmp_path, "net", IDENTITY, train)
+    assert not list((tmp_path / "models").glob("net-*"))
+    nan = {"accuracy": float("nan")}
+    with pytest.raises(ValueError, match="JSON"):
+        trained(tmp_path, "net", IDENTITY, lambda: (weights(), nan))
+    assert not [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
+
+
+def train_slowly(outputs: Path, count: Path) -> None:
+    def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        with count.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.5)
+        return weights(), {}
+
+    trained(outputs, "net", IDENTITY, train)
+
+
+def test_of_two_processes_one_trains(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    both = [
+        fork.Process(target=train_slowly, args=(tmp_path, tmp_path / "count")) for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len((tmp_path / "count").read_text().split()) == 1
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    path = Path(trained(tmp_path, "net", IDENTITY, lambda: (weights(), {})).facts["path"])
+    facts = json.loads((path / FACTS).read_text())
+    (path / FACTS).write_text(json.dumps({**facts, "sha256": "0" * 64}))
+    with pytest.raises(StoreError, match="not the bytes"):
+        load(path)
+    (path / FACTS).unlink()
+    assert load(path).tensors.keys() == weights().keys()
+    (path / WEIGHTS).write_bytes(b"nonsense")
+    with pytest.raises(StoreError, match="no safetensors"):
+        load(path / WEIGHTS)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.weights=.*nowhere.*no file"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "net.pth").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"only \.safetensors"):
+        load(tmp_path / "net.pth")
+
+
+def test_assign_wants_exactly_the_network_s_tensors() -> None:
+    network = nn.Linear(3, 2)
+    assign(network, weights(), "here")
+    assert torch.equal(network.weight, weights()["weight"])
+    with pytest.raises(ConfigError, match=r"^here: the file lacks tensor 'bias'"):
+        assign(network, {"weight": weights()["weight"]}, "here")
+    with pytest.raises(ConfigError, match="the model has no tensor 'extra'"):
+        assign(network, {**weights(), "extra": torch.ones(1)}, "here")
+    with pytest.raises(ConfigError, match=r"bias has shape \(3,\), the model needs \(2,\)"):
+        assign(network, {**weights(), "bias": torch.ones(3)}, "here")
