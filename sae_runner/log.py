@@ -11,7 +11,7 @@ from pathlib import Path
 # Libraries that tell at INFO what nobody asked, or warn of what cannot be changed here.
 _QUIET = (
     "httpx", "urllib3", "fsspec", "filelock", "matplotlib", "PIL", "datasets", "transformers",
-    "transformer_lens", "open_clip", "timm", "huggingface_hub", "root",
+    "transformer_lens", "open_clip", "timm", "huggingface_hub",
 )  # fmt: skip
 
 

@@ -200,6 +200,14 @@ class SAE(nn.Module):
         self.input_scale.fill_(1.0)
         return self
 
+    @torch.no_grad()
+    def unfold(self, scale: float) -> "SAE":
+        """Undo `fold` for the input scale `scale`: `sae(x)` does not change."""
+        self.b_enc.mul_(scale)
+        self.b_dec.mul_(scale)
+        self.input_scale.fill_(scale)
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """What is written to disk: every weight, `W_enc` as [d_in, d_sae]."""
         state = {name: tensor.detach() for name, tensor in self.state_dict().items()}

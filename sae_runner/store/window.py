@@ -140,10 +140,8 @@ def select_rows(
         chosen = means[rows.to(x.device)]
         return chosen.cpu(), inputs.ids[rows].int(), torch.full_like(rows, -1).int(), rows
     rows, positions = keep.nonzero(as_tuple=True)
-    if keep.all():
-        chosen = x.flatten(0, 1)
-    else:
-        chosen = x[rows.to(x.device), positions.to(x.device)]
+    everything = bool(keep.all())  # The common case of images needs no gather.
+    chosen = x.flatten(0, 1) if everything else x[rows.to(x.device), positions.to(x.device)]
     return chosen.cpu(), inputs.ids[rows].int(), positions.int(), rows
 
 

@@ -1,0 +1,154 @@
+"""A trained SAE on disk, and what an exact resume needs beside it.
+
+    checkpoints/step_00000100/
+        cfg.json            schema, SAE options, d_in, step, rows seen, whose activations, hashes
+        sae.safetensors     weights with every affine factor folded in: takes raw activations
+        state/              trainer.json, optimizer.safetensors, weights.safetensors (unfolded)
+
+`W_enc` is [d_in, d_sae] and `W_dec` [d_sae, d_in] in sae.safetensors.
+"""
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae_runner import files
+from sae_runner.errors import StoreError
+from sae_runner.saes import SAES
+from sae_runner.saes.base import SAE
+
+CHECKPOINT_SCHEMA = "sae-run.checkpoint/1"
+log = logging.getLogger("sae_runner")
+
+
+def save_checkpoint(
+    folder: Path,
+    sae: SAE,
+    facts: dict[str, Any],
+    *,
+    state: dict[str, Any] | None = None,
+    optimizer: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint folder atomically.
+
+    Args:
+        folder: `checkpoints/step_N`.
+        sae: the SAE in training; a folded copy is what `sae.safetensors` holds.
+        facts: step, rows seen and origin, kept in cfg.json.
+        state: JSON that a resume needs; None leaves `state/` out.
+        optimizer: tensors that a resume needs.
+    """
+    with files.atomic(folder) as temporary:
+        temporary.mkdir()
+        folded = copy.deepcopy(sae).fold()
+        files.write_tensors(temporary / "sae.safetensors", folded.tensors())
+        hashes = {"sae.safetensors": files.sha256(temporary / "sae.safetensors")}
+        if state is not None:
+            files.write_json(temporary / "state" / "trainer.json", state)
+            files.write_tensors(temporary / "state" / "weights.safetensors", sae.tensors())
+            files.write_tensors(temporary / "state" / "optimizer.safetensors", optimizer or {})
+            for path in sorted((temporary / "state").iterdir()):
+                hashes[f"state/{path.name}"] = files.sha256(path)
+        files.write_json(
+            temporary / "cfg.json",
+            {
+                "schema": CHECKPOINT_SCHEMA,
+                "sae": sae.config(),
+                "d_in": sae.d_in,
+                **facts,
+                "sha256": hashes,
+            },
+        )
+
+
+def step_dirs(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, the earliest first."""
+    return sorted((run_dir / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that a path means: itself, or the last sound one of a run directory.
+
+    Raises:
+        StoreError: there is none.
+    """
+    path = Path(path)
+    if (path / "cfg.json").is_file():
+        return path
+    for folder in reversed(step_dirs(path)):
+        try:
+            read_facts(folder)
+        except StoreError as error:
+            log.warning("%s; the checkpoint before it is used", error)
+            continue
+        return folder
+    if not path.exists():
+        raise StoreError(f"checkpoint={path}: there is no such folder")
+    raise StoreError(f"checkpoint={path}: no sound checkpoint in it; `sae-run ls` lists the runs")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """cfg.json of a checkpoint, after every file in it was compared with its hash.
+
+    Raises:
+        StoreError: a file is absent or damaged, or another tool wrote it.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
+    except FileNotFoundError:
+        raise StoreError(f"checkpoint {folder} is incomplete: it has no cfg.json") from None
+    except ValueError as error:
+        raise StoreError(f"checkpoint {folder} is damaged: cfg.json: {error}") from None
+    if facts.get("schema") != CHECKPOINT_SCHEMA:
+        raise StoreError(
+            f"checkpoint {folder}: schema {facts.get('schema')!r}, expected {CHECKPOINT_SCHEMA!r}"
+        )
+    for name, expected in facts["sha256"].items():
+        path = folder / name
+        if not path.is_file() or files.sha256(path) != expected:
+            raise StoreError(f"checkpoint {folder} is damaged: {name} differs from its hash")
+    return facts
+
+
+def load_sae(path: str | Path) -> SAE:
+    """A trained SAE that takes raw activations, in evaluation mode on the CPU.
+
+    Args:
+        path: a run directory (its last checkpoint) or a checkpoint folder.
+
+    Raises:
+        StoreError: no sound checkpoint there.
+    """
+    from safetensors.torch import load_file
+
+    folder = find_checkpoint(path)
+    facts = read_facts(folder)
+    sae = build_sae(facts)
+    sae.load_tensors(load_file(folder / "sae.safetensors"))
+    return sae.eval().requires_grad_(False)
+
+
+def build_sae(facts: dict[str, Any]) -> SAE:
+    """The SAE that cfg.json describes, without its weights."""
+    sae: SAE = SAES.build(facts["sae"], d_in=facts["d_in"])
+    return sae
+
+
+def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """What a resume needs: trainer.json, the unfolded weights, the optimizer's tensors.
+
+    Raises:
+        StoreError: the checkpoint was kept without its training state.
+    """
+    from safetensors.torch import load_file
+
+    state_dir = folder / "state"
+    if not state_dir.is_dir():
+        raise StoreError(f"checkpoint {folder} was kept without its training state")
+    state: dict[str, Any] = json.loads((state_dir / "trainer.json").read_text())
+    weights = load_file(state_dir / "weights.safetensors")
+    return state, weights, load_file(state_dir / "optimizer.safetensors")

@@ -1,0 +1,221 @@
+"""The `sae-run` command: one sub-command per pipeline step, each an ordinary Hydra application."""
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from sae_runner.commands.job import Job
+
+COMMANDS = {
+    "train": "cache, train and evaluate what a composition describes; skips what is done",
+    "cache": "run a model once and write activations of one or many sites",
+    "eval": "measure a checkpoint on held-out data (checkpoint=RUN)",
+    "report": "compare runs: table, CSV, Markdown, one HTML page (RUN … or globs)",
+    "plan": "say what a composition would do and cost, writing nothing",
+    "sites": "list the sites of a model, without its weights",
+    "ls": "show stores, runs and models that were trained here",
+    "rm": "remove runs, stores or models, never what something else needs",
+}
+TAKES_PATHS = ("report", "ls", "rm")
+"""Commands whose words without `=` are run directories or globs."""
+
+
+class Outcome:
+    """What the jobs of this process came to: read by `main` once Hydra is through."""
+
+    words: Sequence[str] = ()
+    failures: list[Exception]
+
+
+outcome = Outcome()
+
+
+def main() -> None:
+    """Dispatch `sae-run COMMAND ...`; everything after the command belongs to Hydra."""
+    try:
+        dispatch()
+    except BrokenPipeError:  # `sae-run … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def dispatch() -> None:
+    """Find the command, compose and check every job of it, run it; errors become exit codes."""
+    if "-sc" in sys.argv:
+        return complete()
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        return print(usage())
+    if sys.argv[1] == "--version":
+        from sae_runner import __version__
+
+        return print(__version__)
+    command = sys.argv.pop(1)
+
+    from sae_runner.errors import Interrupted, did_you_mean
+
+    if command not in COMMANDS:
+        stop(f"sae-run: no command {command!r}.{did_you_mean(command, COMMANDS)}", 2)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; this function prints.
+    outcome.failures, outcome.words = [], take_words(command)
+    add_width_override()
+    try:
+        preflight(command)
+        hydra_app(command)()
+    except (KeyboardInterrupt, Interrupted) as error:
+        code = error.exit_code if isinstance(error, Interrupted) else 130
+        stop(f"sae-run {command}: {error or 'interrupted: type the same command to go on'}", code)
+    except Exception as error:
+        fail(command, error)
+    if outcome.failures:
+        sys.exit(max(exit_code(error) for error in outcome.failures))
+
+
+def fail(command: str, error: Exception) -> None:
+    """End the process with one line if the error has one, else with a traceback."""
+    from sae_runner.explain import explain
+
+    if error in outcome.failures:  # Said when it happened.
+        sys.exit(exit_code(error))
+    if message := explain(error):
+        stop(f"sae-run {command}: {message}", exit_code(error))
+    traceback.print_exception(without_hydra_frames(error))
+    sys.exit(1)
+
+
+def exit_code(error: Exception) -> int:
+    """2 for what the user gave, 1 for what went wrong."""
+    from sae_runner.explain import is_bad_input
+
+    return 2 if is_bad_input(error) else 1
+
+
+def stop(message: str, code: int) -> None:
+    """Print one line on standard error and exit."""
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def take_words(command: str) -> list[str]:
+    """Take run directories and globs off the command line, for the commands that know them."""
+    words = sys.argv[1:]
+    if command not in TAKES_PATHS:
+        return []
+    # Hydra's own options with a value: what follows them is no path.
+    valued = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn")
+    plain, kept = [], [sys.argv[0]]
+    for before, word in zip(["", *words], words, strict=False):
+        is_path = not word.startswith(("-", "+", "~")) and "=" not in word
+        (plain if is_path and before not in valued else kept).append(word)
+    sys.argv[:] = kept
+    return plain
+
+
+def add_width_override() -> None:
+    """Let `sae.d_sae=` stand for the width alone: the default is an expansion."""
+    given = {m[1] for word in sys.argv if (m := re.match(r"\+*sae\.(d_sae|expansion)=", word))}
+    if given == {"d_sae"}:
+        sys.argv.append("sae.expansion=null")
+
+
+def hydra_app(command: str) -> Callable[[], Any]:
+    """The Hydra application of one sub-command: `configs/<command>.yaml` and `run`."""
+    import hydra
+
+    from sae_runner.config import config_dir
+
+    app: Callable[[], Any] = hydra.main(
+        version_base="1.3", config_path=config_dir(), config_name=command
+    )(run)
+    return app
+
+
+def preflight(command: str) -> None:
+    """Compose and check every job of a sweep before the first one starts or makes a directory."""
+    words = sys.argv[1:]
+    sweeps = {"-m", "--multirun"} & set(words) or any("experiment=" in w for w in words)
+    if not sweeps or {"--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help"} & set(words):
+        return
+    from sae_runner.sweep import composed_jobs
+
+    module = importlib.import_module(f"sae_runner.commands.{command}")
+    check = getattr(module, "check", None)
+    jobs = composed_jobs(command, words)
+    for job in jobs if check and len(jobs) > 1 else []:
+        check(job)
+
+
+def run(cfg: "DictConfig") -> None:
+    """Hydra's task function. torch is first imported here, inside the command's module."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from sae_runner.log import setup_logging
+    from sae_runner.signals import raise_on_signals
+
+    hydra = HydraConfig.get()
+    setup_logging()
+    raise_on_signals()
+    command = str(hydra.job.name)
+    try:
+        importlib.import_module(f"sae_runner.commands.{command}").main(job_of(cfg))
+    except Exception as error:
+        from sae_runner.explain import explain
+
+        message = explain(error)
+        if not message or "basic" not in str(hydra.launcher.get("_target_", "basic")):
+            raise  # Other launchers run jobs elsewhere: only an exception tells them.
+        outcome.failures.append(error)
+        sweep = "MULTIRUN" in str(hydra.mode)
+        which = f" ({', '.join(hydra.overrides.task)})" if sweep else ""
+        print(f"sae-run {command}{which}: {message}", file=sys.stderr)
+
+
+def job_of(cfg: "DictConfig") -> "Job":
+    """The job that Hydra is running."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from sae_runner.commands.job import Job
+
+    hydra = HydraConfig.get()
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    if outcome.words:
+        values["runs"] = list(outcome.words)
+    return Job(values, dict(hydra.runtime.choices), list(hydra.overrides.task))
+
+
+def complete() -> None:
+    """Answer the shell's completion query, hiding the sub-command word from Hydra."""
+    words = os.environ.get("COMP_LINE", "sae-run train ").split(" ")
+    if len(words) < 3:
+        return print(" ".join(COMMANDS))
+    os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    hydra_app(words[1] if words[1] in COMMANDS else "train")()
+
+
+def usage() -> str:
+    """The text of `sae-run --help`, without importing Hydra."""
+    rows = "\n".join(f"  {name:<8}{purpose}" for name, purpose in COMMANDS.items())
+    return f"""usage: sae-run COMMAND [group=option] [key=value] [-m] [--help]
+
+{rows}
+
+  sae-run train                                     the embedded default, in minutes
+  sae-run train model=clip_vit_l sae=topk sae.k=64  compose a run
+  sae-run train -m sae=topk,relu sae.expansion=4,8  a sweep
+  sae-run train --help                              groups, options and defaults
+  eval "$(sae-run -sc install=bash)"                tab completion"""
+
+
+def without_hydra_frames(error: Exception) -> Exception:
+    """The error with a traceback that starts at `run`."""
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_code is not run.__code__:
+        frames = frames.tb_next
+    return error.with_traceback(frames or error.__traceback__)

@@ -1,0 +1,220 @@
+"""`sae-run train`: cache if need be, train an SAE, evaluate it; each step skips what is there."""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_runner import __version__, files
+from sae_runner.checkpoint import (
+    build_sae,
+    find_checkpoint,
+    load_state,
+    read_facts,
+    step_dirs,
+)
+from sae_runner.commands.cache import ensure_store
+from sae_runner.commands.eval import evaluate
+from sae_runner.commands.job import Job
+from sae_runner.commands.pipeline import Pipeline
+from sae_runner.config import construct, resolve_device
+from sae_runner.errors import ConfigError, StoreError
+from sae_runner.log import log_to
+from sae_runner.saes.base import SAE
+from sae_runner.store.reader import Activations, ActivationStore
+from sae_runner.training.loggers import build_sinks
+from sae_runner.training.trainer import Trainer
+
+log = logging.getLogger("sae_runner")
+
+
+def check(job: Job) -> None:
+    """Refuse what can be refused ahead."""
+    pipeline = Pipeline(job.cfg, job.choices)
+    pipeline.check()
+    if source := pipeline.cfg.get("init_from"):
+        check_start(source, pipeline)
+
+
+def main(job: Job) -> None:
+    """Run a composed config to its report."""
+    check(job)
+    pipeline = Pipeline(job.cfg, job.choices)
+    run_dir, force = pipeline.run_dir, bool(job.cfg["force"])
+    if pipeline.store_options.kind == "disk":
+        ensure_store(pipeline)
+    with files.locked(run_dir):
+        if force:
+            files.remove(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with log_to(run_dir / "run.log"):
+            begin_run(run_dir, pipeline, job)
+            train(run_dir, pipeline)
+            evaluate(run_dir, pipeline, pipeline.cfg["evaluators"], force=False)
+    log.info("run %s", run_dir)
+
+
+def begin_run(run_dir: Path, pipeline: Pipeline, job: Job) -> None:
+    """Write config.yaml, or check that the run there is of the same configuration."""
+    from omegaconf import OmegaConf
+
+    record = {
+        **pipeline.cfg,
+        "choices": pipeline.choices,
+        "overrides": job.overrides,
+        "identity": pipeline.run_identity,
+        "code_version": __version__,
+    }
+    path = run_dir / "config.yaml"
+    if path.is_file():
+        old: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if old["identity"] != pipeline.run_identity:
+            raise ConfigError(f"run_name={run_dir.name}: there is a run of another configuration")
+        if old["code_version"] != __version__:
+            log.warning("%s was begun by version %s", run_dir.name, old["code_version"])
+        record["code_version"] = old["code_version"]
+    files.write_text(path, OmegaConf.to_yaml(record))
+
+
+def finished(run_dir: Path, n_steps: int) -> Path | None:
+    """The last checkpoint, if training got to its end."""
+    for folder in reversed(step_dirs(run_dir)):
+        try:
+            if read_facts(folder)["step"] == n_steps:
+                return folder
+        except StoreError as error:
+            log.warning("%s; the checkpoint before it is used", error)
+    return None
+
+
+def train(run_dir: Path, pipeline: Pipeline) -> None:
+    """Train from the start, or go on from the last sound checkpoint."""
+    options = pipeline.train_options
+    if folder := finished(run_dir, options.n_steps):
+        log.info("training is done: %s", folder)
+        return
+    store = pipeline.open_store()
+    for warning in warnings_about(pipeline, store):
+        log.warning(warning)
+    device = torch.device(resolve_device(pipeline.cfg["device"]))
+    trainer = Trainer(
+        pipeline.build_sae(store.d_in),
+        store,
+        options,
+        run_dir,
+        seed=int(pipeline.cfg["seed"]),
+        data_seed=pipeline.store_options.seed,
+        device=device,
+        facts=origin(pipeline, store),
+        prefetch=pipeline.store_options.prefetch,
+        sinks=construct(
+            build_sinks, pipeline.cfg["logger"], where="logger", run_dir=run_dir,
+            config=pipeline.cfg,
+        ),
+    )  # fmt: skip
+    start(trainer, run_dir, pipeline)
+    log.info(
+        "training %s: %d latents on %s, %d rows in %d steps from step %d, on %s",
+        pipeline.choices["sae"], trainer.sae.d_sae, pipeline.site.name, options.n_tokens,
+        options.n_steps, trainer.step, device,
+    )  # fmt: skip
+    trainer.run()
+
+
+def start(trainer: Trainer, run_dir: Path, pipeline: Pipeline) -> None:
+    """Restore the newest checkpoint that is sound and has its state; else draw or take weights."""
+    for partial in (run_dir / "checkpoints").glob(".step_*"):
+        files.remove(partial)
+    for folder in reversed(step_dirs(run_dir)):
+        try:
+            read_facts(folder)
+            trainer.restore(*load_state(folder))
+        except StoreError as error:
+            log.warning("%s; the checkpoint before it is used", error)
+            continue
+        log.info("going on from %s", folder.name)
+        return
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
+    trainer.initialise()
+    if source := pipeline.cfg.get("init_from"):
+        take_weights(trainer.sae, check_start(source, pipeline))
+
+
+def check_start(source: str, pipeline: Pipeline) -> Path:
+    """The checkpoint that `init_from` means, if it fits the SAE that is to be trained.
+
+    Raises:
+        StoreError, ConfigError: none there, or of another shape or kind.
+    """
+    with _named("init_from", source):
+        folder = find_checkpoint(source)
+    facts, sae = read_facts(folder), pipeline.build_sae(pipeline.site.d, device="meta")
+    for what, found, wanted in (
+        ("d_in", facts["d_in"], sae.d_in),
+        ("d_sae", facts["sae"]["d_sae"], sae.d_sae),
+        ("type", facts["sae"]["type"], sae.kind),
+    ):
+        if found != wanted:
+            raise ConfigError(f"init_from={source}: its {what} is {found}, this run's is {wanted}")
+    return folder
+
+
+def take_weights(sae: SAE, folder: Path) -> None:
+    """Start from a trained SAE: its weights take raw activations, so the scale goes back in."""
+    from safetensors.torch import load_file
+
+    scale = float(sae.input_scale)
+    source = build_sae(read_facts(folder))
+    source.load_tensors(load_file(folder / "sae.safetensors"))
+    sae.load_tensors(source.unfold(scale).tensors())
+
+
+@contextlib.contextmanager
+def _named(key: str, value: str) -> Any:
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(str(error).replace(f"checkpoint={value}", f"{key}={value}")) from None
+
+
+def origin(pipeline: Pipeline, store: Activations) -> dict[str, Any]:
+    """Whose activations a checkpoint is trained on."""
+    if isinstance(store, ActivationStore):
+        source = store.source
+        model, dataset = source["model"], source["dataset"]
+        where = str(store.folder)
+    else:
+        model = {"name": pipeline.choices["model"], "fingerprint": pipeline.model.fingerprint(),
+                 **pipeline.model.describe()}  # fmt: skip
+        dataset = {**pipeline.dataset.describe(), "name": pipeline.choices["dataset"]}
+        where = "stream"
+    return {
+        "model": model,
+        "dataset": dataset,
+        "site": pipeline.site.name,
+        "tokens": pipeline.selection.slug,
+        "store": where,
+    }
+
+
+def warnings_about(pipeline: Pipeline, store: Activations) -> list[str]:
+    """What a user would want to know before the run, one line each."""
+    options, found = pipeline.train_options, []
+    n_rows = store.n_rows("train")
+    if options.n_tokens > n_rows:
+        found.append(
+            f"store has fewer rows than trainer.n_tokens: {options.n_tokens / n_rows:.1f} epochs "
+            f"of {n_rows:,} rows, reshuffled"
+        )
+    uses_dead = float(pipeline.cfg["sae"].get("auxk_coefficient") or 0) > 0
+    if uses_dead and options.dead_window >= options.n_tokens:
+        found.append(
+            f"dead horizon {options.dead_window:,} tokens > {options.n_tokens:,} training tokens: "
+            "AuxK will never fire (trainer.dead_window)"
+        )
+    if isinstance(store, ActivationStore) and store.max_norm_multiple:
+        found.append(f"{store.n_dropped('train'):,} training rows dropped as norm outliers")
+    return found

@@ -1,0 +1,73 @@
+"""Exceptions of Hydra, OmegaConf, torch and the system as one line that says what to change."""
+
+import errno
+from typing import Any
+
+from sae_runner.config import options_of
+from sae_runner.errors import InputError, did_you_mean
+
+NO_SPACE = "No space left on device"
+NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for what a user can mend; None for any other exception."""
+    if isinstance(error, InputError):
+        return " ".join(str(error).split())
+    if is_full_disk(error):
+        return (
+            f"no space left on device ({error}): nothing is half-written; free some, set "
+            "outputs=DIR on a larger disk, and type the same command to go on"
+        )
+    if isinstance(error, PermissionError):
+        return f"cannot write {error.filename}: {error.strerror}; set outputs=DIR"
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower trainer.micro_batch_size, sae.d_sae, model.batch_size, "
+            "store.window_rows or store.mix_rows; finished steps stay and are skipped"
+        )
+    return explain_hydra(error)
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether the user's input is what is wrong (exit code 2)."""
+    memory = is_out_of_memory(error)
+    return not memory and explain(error) is not None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """ENOSPC, however it is wrapped."""
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or NO_SPACE in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The allocator of Python, of torch on the CPU or of a device gave up."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+
+
+def explain_hydra(error: BaseException) -> str | None:
+    """Errors of composition: unknown keys and options, wrong types, missing values."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"no option {option!r} in group {group!r}.{did_you_mean(option, options_of(group))}"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return explain_key(cause)
+    if isinstance(error, HydraException):
+        return " ".join(str(error).split())
+    return None
+
+
+def explain_key(error: Any) -> str:
+    """A key that is not there, or a value of another type."""
+    first_line = str(error).splitlines()[0]
+    if first_line.startswith("Key ") and error.parent_node is not None:
+        return f"no key {error.full_key!r}.{did_you_mean(str(error.key), error.parent_node)}"
+    if "Missing mandatory value" in first_line:
+        return f"{error.full_key!r} needs a value"
+    return f"{error.full_key}: {first_line}" if error.full_key else first_line

@@ -1,0 +1,205 @@
+"""Run a model once over a dataset and write activations, window by window.
+
+A killed write goes on at the first window that is not there, and ends with the same bytes as one
+that was never stopped: a window's rows and their order depend on nothing outside it.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_runner import files
+from sae_runner.data.base import SPLITS, Dataset, Split
+from sae_runner.errors import DataError
+from sae_runner.log import Progress
+from sae_runner.models.base import Model, SiteInfo
+from sae_runner.site import TokenSelection
+from sae_runner.store.manifest import (
+    SELECTION_SCHEMA,
+    STORE_SCHEMA,
+    check_same_source,
+    read_json,
+    selection_dir,
+    site_to_json,
+)
+from sae_runner.store.window import DTYPES, WindowPlan, WindowRows, compute_window
+
+log = logging.getLogger("sae_runner")
+
+
+def begin_store(
+    store_dir: Path, model: Model, dataset: Dataset, config: dict[str, Any], names: dict[str, str]
+) -> None:
+    """Write store.json, or check that the one there is of the same weights and data."""
+    fingerprints = (model.fingerprint(), dataset.fingerprint())
+    if (store_dir / "store.json").exists():
+        store = read_json(store_dir / "store.json", STORE_SCHEMA, "activation store")
+        return check_same_source(store_dir, store, *fingerprints)
+    files.write_json(
+        store_dir / "store.json",
+        {
+            "schema": STORE_SCHEMA,
+            "model": {
+                "name": names["model"],
+                "fingerprint": fingerprints[0],
+                **model.describe(),
+            },
+            "dataset": {**dataset.describe(), "name": names["dataset"]},
+            "config": config,
+            "sites": {name: site_to_json(info) for name, info in model.sites().items()},
+        },
+    )
+
+
+def estimate_bytes(plan: WindowPlan, rows_per_example: int, d: int, dtype: str) -> int:
+    """The most that one selection will take on disk."""
+    n_examples = sum(len(ids) for ids in plan.ids.values())
+    return n_examples * rows_per_example * (d * DTYPES[dtype].itemsize + 16)
+
+
+def write_selections(
+    store_dir: Path,
+    model: Model,
+    dataset: Dataset,
+    infos: Sequence[SiteInfo],
+    selection: TokenSelection,
+    plan: WindowPlan,
+    *,
+    dtype: str,
+    batch_size: int,
+    workers: int,
+    max_bad: float,
+) -> None:
+    """Write the selections of `infos`, which share rows, in one pass of the model over the data.
+
+    Raises:
+        DataError: NaN, Inf or overflow in an activation; more than `max_bad` unreadable examples.
+        InputError: not enough disk.
+    """
+    folders = {info.name: selection_dir(store_dir, info.name, selection) for info in infos}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(".*.partial"):
+            files.remove(partial)
+    todo = [(s, w) for s in SPLITS for w in range(plan.n_windows(s))]
+    missing = [(s, w) for s, w in todo if not all(_done(f, s, w) for f in folders.values())]
+    if len(missing) < len(todo):
+        log.info("%d of %d windows are there already", len(todo) - len(missing), len(todo))
+    n_examples = sum(map(len, plan.ids.values()))
+    done = n_examples - sum(len(plan.examples(s, w)) for s, w in missing)
+    progress = Progress("cache", n_examples, "examples", done=done)
+    n_bad = sum(len(_bad(folders[infos[0].name], s, w)) for s, w in todo if (s, w) not in missing)
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        writing: Future[None] | None = None
+        for split, window in missing:
+            rows = compute_window(
+                model, dataset, infos, selection, plan, split, window,
+                batch_size=batch_size, workers=workers, dtype=dtype,
+            )  # fmt: skip
+            n_bad += len(rows.bad)
+            for example in rows.bad:
+                log.warning("unreadable example %d: %s", example.id, example.reason)
+            if n_bad > max_bad * n_examples:
+                first = rows.bad[0] if rows.bad else None
+                raise DataError(
+                    f"dataset.max_bad={max_bad}: {n_bad} of {n_examples} examples are unreadable"
+                    + (f", e.g. {first.id}: {first.reason}" if first else "")
+                )
+            if writing:
+                writing.result()  # At most one window waits to be written: memory stays bounded.
+            writing = pool.submit(_write_window, folders, split, window, rows)
+            progress.advance(len(plan.examples(split, window)), f"{n_bad} unreadable")
+        if writing:
+            writing.result()
+    progress.close()
+    for info in infos:
+        _finish(folders[info.name], info, selection, plan, dtype)
+
+
+def _done(folder: Path, split: Split, window: int) -> bool:
+    return (folder / f"{split}-{window:05d}.json").is_file()
+
+
+def _bad(folder: Path, split: Split, window: int) -> list[Any]:
+    found: list[Any] = json.loads((folder / f"{split}-{window:05d}.json").read_text())["bad"]
+    return found
+
+
+def _write_window(folders: dict[str, Path], split: Split, window: int, rows: WindowRows) -> None:
+    """One shard for each site, then its record: a shard counts only once that is there."""
+    for name, folder in folders.items():
+        x = rows.activations.pop(name)
+        tensors: dict[str, Tensor] = {
+            "activations": x,
+            "example_id": rows.example_id,
+            "position": rows.position,
+            "norm": torch.linalg.vector_norm(x, dim=1, dtype=torch.float32),
+        }
+        if rows.label is not None:
+            tensors["label"] = rows.label
+        path = folder / f"{split}-{window:05d}.safetensors"
+        files.write_tensors(path, tensors)
+        norms = tensors["norm"].double()
+        record = {
+            "file": path.name,
+            "rows": len(x),
+            "bytes": path.stat().st_size,
+            "sha256": files.sha256(path),
+            "sum": column_sums(x).tolist(),
+            "sum_norm": float(norms.sum()),
+            "sum_square_norm": float(norms.square().sum()),
+            "bad": [bad._asdict() for bad in rows.bad],
+        }
+        files.write_json(folder / f"{split}-{window:05d}.json", record)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sum of the rows [d] in float64, without a float64 copy of all of x."""
+    return torch.stack([part.double().sum(0) for part in torch.split(x, 8192)]).sum(0)
+
+
+def _finish(
+    folder: Path, info: SiteInfo, selection: TokenSelection, plan: WindowPlan, dtype: str
+) -> None:
+    """Gather the records into the manifest, which makes the selection complete."""
+    splits, means, bad = {}, {}, []
+    for split in SPLITS:
+        paths = [folder / f"{split}-{w:05d}.json" for w in range(plan.n_windows(split))]
+        records = [json.loads(path.read_text()) for path in paths]
+        n_rows = sum(r["rows"] for r in records)
+        means[f"{split}.mean"] = (
+            torch.tensor([r["sum"] for r in records], dtype=torch.float64).sum(0) / n_rows
+        )
+        bad += [b for r in records for b in r["bad"]]
+        splits[split] = {
+            "n_examples": len(plan.ids[split]),
+            "n_rows": n_rows,
+            "mean_norm": sum(r["sum_norm"] for r in records) / n_rows,
+            "mean_square_norm": sum(r["sum_square_norm"] for r in records) / n_rows,
+            "shards": [{k: r[k] for k in ("file", "rows", "bytes", "sha256")} for r in records],
+        }
+    files.write_tensors(folder / "stats.safetensors", means)
+    files.write_json(
+        folder / "manifest.json",
+        {
+            "schema": SELECTION_SCHEMA,
+            "site": site_to_json(info),
+            "selection": asdict(selection),
+            "d": info.d,
+            "dtype": dtype,
+            "seed": plan.seed,
+            "window_examples": plan.window_examples,
+            "splits": splits,
+            "unreadable": bad,
+        },
+    )
+    for split in SPLITS:
+        for path in folder.glob(f"{split}-*.json"):
+            path.unlink()

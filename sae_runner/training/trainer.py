@@ -1,0 +1,337 @@
+"""The training loop: rows in, a trained SAE, checkpoints and a log of metrics out.
+
+It knows the SAE's interface and a stream of batches, and no architecture by name.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sae_runner import files, signals
+from sae_runner.checkpoint import save_checkpoint
+from sae_runner.config import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from sae_runner.errors import ConfigError
+from sae_runner.log import Progress
+from sae_runner.saes.base import SAE, Loss, TrainState
+from sae_runner.store.reader import Activations, Position, Prefetched
+from sae_runner.training import schedules
+from sae_runner.training.dead_latents import DeadLatents
+
+log = logging.getLogger("sae_runner")
+LogSink = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The `trainer` group; see configs/trainer for what each means."""
+
+    n_tokens: int
+    batch_size: int
+    micro_batch_size: int | None
+    lr: float | Literal["auto"]
+    beta1: float
+    beta2: float
+    eps: float
+    lr_warmup: float
+    lr_decay: float
+    penalty_warmup: float
+    clip_grad_norm: float | None
+    precision: Literal["fp32", "bf16"]
+    dead_window: int
+    log_every: int
+    checkpoints: int
+    keep_state: bool
+
+    @classmethod
+    def from_config(
+        cls,
+        *,
+        n_tokens: Positive,
+        batch_size: Positive,
+        micro_batch_size: Positive | None,
+        lr: PositiveFloat | Literal["auto"],
+        beta1: Fraction,
+        beta2: Fraction,
+        eps: NonNegativeFloat,
+        lr_warmup: Fraction,
+        lr_decay: Fraction,
+        penalty_warmup: Fraction,
+        clip_grad_norm: PositiveFloat | None,
+        precision: Literal["fp32", "bf16"],
+        dead_window: Positive,
+        log_every: Positive,
+        checkpoints: NonNegative,
+        keep_state: bool,
+    ) -> "TrainOptions":
+        """Typed and in range; refuses what makes no step at all."""
+        if batch_size > n_tokens:
+            raise ConfigError(
+                f"trainer.batch_size={batch_size}: more than trainer.n_tokens={n_tokens}"
+            )
+        if micro_batch_size is not None and batch_size % micro_batch_size:
+            raise ConfigError(
+                f"trainer.micro_batch_size={micro_batch_size}: must divide "
+                f"trainer.batch_size={batch_size}"
+            )
+        values = dict(locals())
+        values.pop("cls")
+        return cls(**values)
+
+    @property
+    def n_steps(self) -> int:
+        """Whole batches in the budget of rows."""
+        return self.n_tokens // self.batch_size
+
+    def checkpoint_steps(self) -> set[int]:
+        """Steps after which a checkpoint is kept: evenly spread; the last one comes always."""
+        n = self.checkpoints
+        return {round(self.n_steps * (i + 1) / (n + 1)) for i in range(n)} - {0}
+
+
+class Trainer:
+    """Steps one SAE over a store; `run` returns when the budget is spent or a stop is asked for."""
+
+    def __init__(
+        self,
+        sae: SAE,
+        store: Activations,
+        options: TrainOptions,
+        run_dir: Path,
+        *,
+        seed: int,
+        data_seed: int,
+        device: torch.device,
+        facts: dict[str, Any],
+        prefetch: int = 2,
+        sinks: tuple[LogSink, ...] = (),
+    ) -> None:
+        self.sae, self.store, self.options, self.run_dir = sae.to(device), store, options, run_dir
+        self.seed, self.data_seed, self.device = seed, data_seed, device
+        self.facts, self.prefetch, self.sinks = facts, prefetch, sinks
+        self.lr = schedules.learning_rate(options.lr, sae.d_sae)
+        self.optimizer = torch.optim.Adam(
+            sae.parameters(),
+            lr=self.lr,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.dead = DeadLatents(sae.d_sae, options.dead_window, device)
+        self.step, self.position = 0, Position()
+        self.mean: Tensor | None = None
+
+    # -- Where to start --------------------------------------------------------------------------
+
+    def initialise(self) -> None:
+        """Draw the weights from `seed` and the activations' statistics."""
+        stats = self.store.stats()
+        stats = stats._replace(mean=stats.mean.to(self.device), sample=stats.sample.to(self.device))
+        self.sae.set_input_scale(stats)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        with torch.no_grad():
+            self.sae.initialise(stats, generator)
+
+    def restore(
+        self, state: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor]
+    ) -> None:
+        """Go on exactly where a checkpoint was written."""
+        self.step, self.position = state["step"], Position(**state["position"])
+        self.sae.load_tensors(weights)
+        self.dead.rows_since_fired.copy_(optimizer.pop("dead.rows_since_fired"))
+        for name, parameter in self.sae.named_parameters():
+            slots = {k.split("/")[1]: v for k, v in optimizer.items() if k.startswith(name + "/")}
+            self.optimizer.state[parameter] = {
+                k: v if k == "step" and self.device.type == "cpu" else v.to(self.device)
+                for k, v in slots.items()
+            }
+        self._truncate("metrics.jsonl")
+        self._truncate("timings.jsonl")
+
+    def _truncate(self, name: str) -> None:
+        """Forget what was logged after the step that is gone back to."""
+        path = self.run_dir / name
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            files.write_text(path, "".join(line + "\n" for line in kept))
+
+    # -- The loop --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end of the budget.
+
+        Raises:
+            Interrupted: a stop was asked for; the state is saved.
+            ConfigError: the loss is no longer finite.
+        """
+        options = self.options
+        keep_at = options.checkpoint_steps()
+        batches = Prefetched(
+            self.store.shuffled(options.batch_size, self.data_seed, start=self.position),
+            self.prefetch,
+        )
+        progress = Progress(
+            "train",
+            options.n_steps * options.batch_size,
+            "rows",
+            done=self.step * options.batch_size,
+        )
+        self.mean = self.store.stats(1).mean.to(self.device)
+        started, waited, first = time.perf_counter(), 0.0, self.step
+        try:
+            with signals.deferred() as stop:
+                while self.step < options.n_steps:
+                    batch = next(batches)
+                    loss, grad_norm, lr = self.take_step(batch.x.to(self.device))
+                    self.step, self.position = self.step + 1, batch.position
+                    last = self.step == options.n_steps
+                    if self.step % options.log_every == 0 or last:
+                        row = self.log_metrics(batch.x, loss, grad_norm, lr)
+                        seconds = time.perf_counter() - started
+                        wait = (batches.wait_s - waited) / max(seconds, 1e-9)
+                        self.log_timings(seconds, wait, self.step - first)
+                        started, waited, first = time.perf_counter(), batches.wait_s, self.step
+                        note = f"loss {row['loss']:.4g} fvu {row['fvu']:.3f} l0 {row['l0']:.1f}"
+                        progress.advance(0, note)
+                    progress.advance(len(batch.x))
+                    if self.step in keep_at or last or stop:
+                        self.save()
+                    if stop and not last:
+                        stop.interrupt(
+                            f"stopped at step {self.step}; type the same command to go on"
+                        )
+        finally:
+            progress.close()
+            batches.close()
+
+    def take_step(self, x: Tensor) -> tuple[Loss, Tensor, float]:
+        """One update on a batch [n, d_in]: the loss of its last part, gradient norm, lr."""
+        options, sae = self.options, self.sae
+        lr = self.lr * schedules.lr_factor(
+            self.step,
+            options.n_steps,
+            warmup_fraction=options.lr_warmup,
+            decay_fraction=options.lr_decay,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        penalty = schedules.warmup(self.step, options.penalty_warmup * options.n_steps)
+        state = TrainState(self.dead.dead, penalty)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = torch.split(x, options.micro_batch_size or len(x))
+        losses = []
+        for part in parts:
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=options.precision == "bf16"
+            ):
+                loss = sae.loss(part, state)
+            (loss.total * (len(part) / len(x))).backward()  # type: ignore[no-untyped-call]
+            losses.append(Loss(*(_detached(field) for field in loss)))
+        sae.before_step()
+        # An unreachable bound measures without clipping.
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            sae.parameters(), options.clip_grad_norm or float("inf")
+        )
+        self.optimizer.step()
+        sae.after_step()
+        whole = _merged(losses)
+        self.dead.update(whole.fired, len(x))
+        return whole, grad_norm, lr
+
+    # -- What is kept ----------------------------------------------------------------------------
+
+    def log_metrics(self, x: Tensor, loss: Loss, grad_norm: Tensor, lr: float) -> dict[str, float]:
+        """Append one line to metrics.jsonl and hand it to the loggers."""
+        x = x.to(self.device)
+        error = (x - loss.x_hat).square().sum()
+        variance = (x - self.mean).square().sum()
+        row: dict[str, float] = {
+            "step": self.step,
+            "n_tokens": self.step * self.options.batch_size,
+            "loss": float(loss.total),
+            **{name: float(value) for name, value in loss.parts.items()},
+            "l0": float(loss.l0),
+            "fvu": float(error / variance.clamp_min(1e-12)),
+            "dead_fraction": float(self.dead.dead.float().mean()),
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+        }
+        if not all(torch.isfinite(torch.tensor(list(row.values())))):
+            bad = next(k for k, v in row.items() if v != v or abs(v) == float("inf"))
+            raise ConfigError(
+                f"training diverged at step {self.step}: {bad} is not finite; lower trainer.lr "
+                f"({self.lr:.2g}) or set trainer.clip_grad_norm; the last checkpoint stays"
+            )
+        self._append("metrics.jsonl", row)
+        for sink in self.sinks:
+            sink(row)
+        return row
+
+    def log_timings(self, seconds: float, wait_fraction: float, n_steps: int) -> None:
+        """Append one line to timings.jsonl: what a clock and a memory meter say."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak_mib = peak / (2**20 if sys.platform == "darwin" else 1024)
+        row = {
+            "step": self.step,
+            "rows_per_s": round(n_steps * self.options.batch_size / max(seconds, 1e-9), 1),
+            "wait_fraction": round(wait_fraction, 4),
+            "wall_s": round(seconds, 3),
+            "peak_rss_mib": round(peak_mib, 1),
+        }
+        self._append("timings.jsonl", row)
+
+    def _append(self, name: str, row: dict[str, float]) -> None:
+        with (self.run_dir / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save(self) -> None:
+        """Write a checkpoint; the state of earlier ones is no longer needed and goes."""
+        last = self.step == self.options.n_steps
+        state = {"step": self.step, "position": asdict(self.position)}
+        tensors = {"dead.rows_since_fired": self.dead.rows_since_fired}
+        for name, parameter in self.sae.named_parameters():
+            for slot, value in self.optimizer.state[parameter].items():
+                tensors[f"{name}/{slot}"] = value
+        folder = self.run_dir / "checkpoints" / f"step_{self.step:08d}"
+        keep_state = not last or self.options.keep_state
+        save_checkpoint(
+            folder,
+            self.sae,
+            {**self.facts, "step": self.step, "n_tokens": self.step * self.options.batch_size},
+            state=state if keep_state else None,
+            optimizer=tensors if keep_state else None,
+        )
+        kept = self.options.checkpoint_steps() | {self.step}
+        for other in (self.run_dir / "checkpoints").glob("step_*"):
+            if int(other.name[5:]) not in kept:
+                files.remove(other)
+        log.debug("saved %s", folder)
+
+
+def _detached(field: Any) -> Any:
+    if isinstance(field, dict):
+        return {k: v.detach() for k, v in field.items()}
+    return field.detach()
+
+
+def _merged(losses: list[Loss]) -> Loss:
+    """The loss of a whole batch from those of its equal parts."""
+    if len(losses) == 1:
+        return losses[0]
+    n = len(losses)
+    return Loss(
+        sum((loss.total for loss in losses), torch.zeros_like(losses[0].total)) / n,
+        {k: torch.stack([loss.parts[k] for loss in losses]).mean() for k in losses[0].parts},
+        torch.cat([loss.x_hat for loss in losses]),
+        torch.stack([loss.fired for loss in losses]).sum(0),
+        torch.stack([loss.l0 for loss in losses]).mean(),
+    )
