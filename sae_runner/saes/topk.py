@@ -152,6 +152,12 @@ class TopK(SAE):
         self.mean_baseline_mse.div_(self.input_scale**2)
         return super().fold()
 
+    @torch.no_grad()
+    def unfold(self, scale: float) -> "SAE":
+        """See `SAE.unfold`."""
+        self.mean_baseline_mse.mul_(scale**2)
+        return super().unfold(scale)
+
 
 def default_k_aux(d_in: int) -> int:
     """The power of two nearest to d_in / 2 on a log scale (Gao et al., appendix A.2)."""

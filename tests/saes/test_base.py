@@ -209,6 +209,20 @@ def test_fold_changes_units_only(make, rows, kind, scaling):
 
 
 @every_kind
+def test_unfold_takes_a_folded_sae_back_to_training(make, rows, kind):
+    sae, x = make(kind).double(), rows(40).double()
+    state = TrainState(torch.ones(24, dtype=torch.bool), 0.5)
+    scale, before, loss = sae.input_scale.item(), sae(x).x_hat, sae.loss(x, state)
+    assert sae.fold().unfold(scale) is sae
+    assert sae.input_scale.item() == pytest.approx(scale)
+    torch.testing.assert_close(sae(x).x_hat, before, rtol=1e-6, atol=1e-9)
+    again = sae.loss(x, state)
+    assert again.total.item() == pytest.approx(loss.total.item(), rel=1e-6)
+    for name, part in loss.parts.items():
+        assert again.parts[name].item() == pytest.approx(part.item(), rel=1e-6), name
+
+
+@every_kind
 def test_fold_in_single_precision(make, rows, kind):
     sae, x = make(kind), rows(200)
     before = sae(x).x_hat

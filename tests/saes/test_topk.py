@@ -162,6 +162,8 @@ def test_the_k_largest_are_chosen_and_only_positive_ones_fire(small, rows):
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)
     assert sae.encode_sparse(x).counts.tolist() == [0] * 50
+    loss = sae.loss(x, TrainState())
+    assert loss.l0 == 0 and not loss.fired.any()
     torch.testing.assert_close(sae(x).x_hat, (sae.b_dec / sae.input_scale).expand(50, D_IN))
 
 
