@@ -7,7 +7,7 @@ outside every comparison.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,21 @@ REPORT: dict[str, type | tuple[type, ...]] = {
     "versions": dict, "git": (dict, type(None)), "fingerprints": dict, "warnings": list,
     "training": dict, "evaluators": dict, "expected": list, "cost": dict,
 }  # fmt: skip
+METRIC = (int, float, type(None))
+NOTE: dict[str, type] = {"code": str, "metric": str, "detail": str}
+CI = dict.fromkeys(("se", "lo", "hi", "n"), (int, float))
+# `fingerprints` of a run header name at least these; runs are comparable when both are equal.
+MODEL_FINGERPRINT, DATASET_FINGERPRINT = "model", "dataset"
 
 
-def check(value: Mapping[str, Any], keys: Mapping[str, Any], where: str) -> None:
+def check(value: Any, keys: Mapping[str, Any], where: str) -> None:
     """Refuse what lacks a key, has one of another type, or holds a number JSON cannot carry.
 
     Raises:
         StoreError: the first thing that is wrong, by its path.
     """
+    if not isinstance(value, Mapping):
+        raise StoreError(f"{where}: is a {type(value).__name__}, not a mapping")
     for key, kind in keys.items():
         if key not in value:
             raise StoreError(f"{where}: key {key!r} is missing")
@@ -57,19 +64,25 @@ def not_finite(value: Any, path: str = "") -> Iterable[str]:
         yield path
 
 
-def check_envelope(envelope: Mapping[str, Any], where: str = "envelope") -> None:
+def check_envelope(envelope: Any, where: str = "envelope") -> None:
     """Refuse an evaluator's envelope that does not follow the schema."""
     check(envelope, ENVELOPE, where)
     if envelope["schema"] != EVAL_SCHEMA:
         raise StoreError(f"{where}: schema {envelope['schema']!r}, expected {EVAL_SCHEMA!r}")
+    for i, note in enumerate(envelope["notes"]):
+        check(note, NOTE, f"{where}: notes[{i}]")
     noted = {note["metric"] for note in envelope["notes"]}
+    for key, interval in envelope["ci"].items():
+        check(interval, CI, f"{where}: ci.{key}")
     for category, metrics in envelope["metrics"].items():
+        check(metrics, {}, f"{where}: metrics.{category}")
+        check(metrics, dict.fromkeys(metrics, METRIC), f"{where}: metrics.{category}")
         for name, value in metrics.items():
             if value is None and f"{category}.{name}" not in noted:
                 raise StoreError(f"{where}: {category}.{name} is null without a note")
 
 
-def check_report(report: Mapping[str, Any], where: str = "report") -> None:
+def check_report(report: Any, where: str = "report") -> None:
     """Refuse a report that does not follow the schema, or one of its envelopes that does not."""
     check(report, REPORT, where)
     if report["schema"] != REPORT_SCHEMA:
@@ -89,8 +102,40 @@ def load_report(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise StoreError(f"no report at {path}: run `sae-run eval checkpoint={path.parent}`")
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
+        report: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
         raise StoreError(f"{path} is no JSON: {error}") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from None
     check_report(report, str(path))
     return report
+
+
+def flat_metrics(evaluators: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """Every metric of a report's envelopes as `category.metric`.
+
+    Where two evaluators of one type give the same name, the one that is called like its type
+    keeps it, and the others' names begin with `<evaluator>/`.
+    """
+    return _flat(evaluators, metric_names)
+
+
+def flat_ci(evaluators: Mapping[str, Any]) -> dict[str, dict[str, float | int]]:
+    """The intervals that belong to `flat_metrics`, by the same names."""
+    return _flat(evaluators, lambda envelope: envelope["ci"])
+
+
+def metric_names(envelope: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """The metrics of one envelope as `category.metric`."""
+    return {f"{c}.{m}": v for c, metrics in envelope["metrics"].items() for m, v in metrics.items()}
+
+
+def _flat(evaluators: Mapping[str, Any], values: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    taken: set[str] = set()
+    for key in sorted(evaluators, key=lambda k: (evaluators[k]["type"] != k, k)):
+        names = metric_names(evaluators[key]).keys()
+        prefix = f"{key}/" if names & taken else ""
+        merged |= {f"{prefix}{name}": value for name, value in values(evaluators[key]).items()}
+        taken |= names
+    return merged

@@ -1,0 +1,246 @@
+"""Many runs side by side: what differs in their configs, which may be compared, who is ahead."""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sae_runner.config import RUNTIME_KEYS
+from sae_runner.report.runs import Run, flat
+from sae_runner.report.schema import DATASET_FINGERPRINT, MODEL_FINGERPRINT
+
+# Top-level keys that name no part of an experiment: where it ran, where its files lie, what it is
+# called. Differences in them are listed, but make no column.
+OUTSIDE = ("device", "outputs", "run_name", "run_dir", "logger", "name")
+
+HIGHER_IS_BETTER = re.compile(
+    r"(^|/)[^/]*\.(explained_variance|cosine|alive_frac|mmcs|f1|precision|recall|hungarian"
+    r"|fraction_recovered|kl_score|.*recovered|.*accuracy|.*auc)"
+)
+
+
+class Absent:
+    """The value of a key that a config does not have."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = Absent()
+
+
+class Differences(NamedTuple):
+    """Config keys of several runs. Where a run lacks a key, the value is ABSENT."""
+
+    differing: dict[str, list[Any]]
+    """One value per run; these may explain a difference in the metrics."""
+    runtime: dict[str, list[Any]]
+    """Also different, but they change no number."""
+    same: dict[str, Any]
+    """The value that all runs share."""
+
+
+def config_differences(configs: Sequence[Mapping[str, Any]]) -> Differences:
+    """Which of the flat configs' keys differ, in the order in which they first appear."""
+    found = Differences({}, {}, {})
+    for key in dict.fromkeys(itertools.chain.from_iterable(configs)):
+        values = [config.get(key, ABSENT) for config in configs]
+        if len({json.dumps(v, sort_keys=True, default=repr) for v in values}) == 1:
+            found.same[key] = values[0]
+        elif key in RUNTIME_KEYS or key.split(".")[0] in OUTSIDE:
+            found.runtime[key] = values
+        else:
+            found.differing[key] = values
+    return found
+
+
+class Identity(NamedTuple):
+    """What must be equal before the numbers of two runs may be compared; None is unknown."""
+
+    model: str | None
+    data: str | None
+    site: str | None
+
+
+def identity(run: Run) -> Identity:
+    """Fingerprints of weights and data from the header, the site as the evaluators resolved it."""
+    fingerprints = run.report["fingerprints"]
+    sites = [envelope["site"] for envelope in run.evaluators.values() if envelope["site"]]
+    site = sites[0] if sites else run.report["config"].get("site")
+    text = "; ".join(f"{k} {v}" for k, v in sorted(flat(site).items())) if site else None
+    return Identity(
+        fingerprints.get(MODEL_FINGERPRINT), fingerprints.get(DATASET_FINGERPRINT), text
+    )
+
+
+def _shown(value: str, other: str) -> str:
+    """The start of a fingerprint, or of a site what the other one has otherwise."""
+    if ";" not in value:
+        return value[:12]
+    return "; ".join(part for part in value.split("; ") if part not in other.split("; ")) or "less"
+
+
+class Group(NamedTuple):
+    """Runs that may be compared with each other."""
+
+    letter: str
+    runs: list[int]
+    why: str
+    """What keeps them apart from group A; empty for A itself."""
+
+
+def comparable_groups(runs: Sequence[Run]) -> list[Group]:
+    """Runs by equal data, model weights and site; the largest group is the first, A.
+
+    What is unknown equals nothing: such a run stands alone.
+    """
+    identities = [identity(run) for run in runs]
+    members: dict[Any, list[int]] = {}
+    for i, mine in enumerate(identities):
+        members.setdefault((mine, i if None in mine else None), []).append(i)
+    ordered = sorted(members.values(), key=lambda group: (-len(group), group[0]))
+    first = identities[ordered[0][0]] if ordered else None
+    return [
+        Group(letter(n), group, _contrast(identities[group[0]], first) if n and first else "")
+        for n, group in enumerate(ordered)
+    ]
+
+
+def _contrast(mine: Identity, first: Identity) -> str:
+    """`model weights differ (1f2e3d4c; A has 5a6b7c8d), site differs (tokens cls; A has …)`."""
+    verbs = {"model": "model weights differ", "data": "data differ", "site": "site differs"}
+    reasons = []
+    for (part, verb), value, other in zip(verbs.items(), mine, first, strict=True):
+        if value is None or other is None:
+            reasons.append(f"{part} of {'this run' if value is None else 'A'} is unknown")
+        elif value != other:
+            reasons.append(f"{verb} ({_shown(value, other)}; A has {_shown(other, value)})")
+    return ", ".join(reasons)
+
+
+def letter(n: int) -> str:
+    """From A to Z, then AA, AB and so on."""
+    return (letter(n // 26 - 1) if n >= 26 else "") + chr(ord("A") + n % 26)
+
+
+def cautions(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
+    """One line for each way in which comparable runs were nevertheless not measured alike."""
+    lines = []
+    for group in groups:
+        of_group = [(i + 1, runs[i]) for i in group.runs]
+        for name in dict.fromkeys(name for _, run in of_group for name in run.evaluators):
+            measured = [
+                (
+                    i,
+                    flat(
+                        {
+                            k: run.evaluators[name][k]
+                            for k in ("evaluator_version", "config", "data")
+                        }
+                    ),
+                )
+                for i, run in of_group
+                if name in run.evaluators
+            ]
+            keys = config_differences([values for _, values in measured]).differing
+            for key, values in keys.items():
+                lines.append(f"{name} was measured differently: {_who(key, values, measured)}")
+        code = [(i, flat({"versions": run.report["versions"], "git": run.report["git"] or {}}))
+                for i, run in of_group]  # fmt: skip
+        for key, values in config_differences([values for _, values in code]).differing.items():
+            lines.append(f"other code: {_who(key, values, code)}")
+    return lines
+
+
+def _who(key: str, values: Sequence[Any], runs: Sequence[tuple[int, Any]]) -> str:
+    """`data.n_tokens is 4096 (#1, #3), 8192 (#2)`."""
+    holders: dict[str, list[str]] = {}
+    for (i, _), value in zip(runs, values, strict=True):
+        holders.setdefault(str(value), []).append(f"#{i}")
+    said = (
+        f"{value} ({', '.join(who[:4])}{f' and {len(who) - 4} more' if len(who) > 4 else ''})"
+        for value, who in holders.items()
+    )
+    return f"{key} is {', '.join(said)}"
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better; an unknown one is an error or a count, so less is."""
+    return HIGHER_IS_BETTER.match(metric) is not None
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Pareto-optimal points, both coordinates minimised, by ascending x.
+
+    A point is on the frontier if no other is at most as large in both and smaller in one; equal
+    points are on it together.
+    """
+    best: tuple[float, float] | None = None
+    chosen = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if best is None or points[i][1] < best[1] or points[i] == best:
+            best = points[i]
+            chosen.append(i)
+    return chosen
+
+
+def run_frontier(runs: Sequence[Run], among: Sequence[int], x: str, y: str) -> list[int]:
+    """Which of the runs `among` are Pareto-optimal in metrics x and y, each in its direction."""
+    known = [i for i in among if None not in (runs[i].metrics.get(x), runs[i].metrics.get(y))]
+    sign = [-1.0 if higher_is_better(metric) else 1.0 for metric in (x, y)]
+    points = [
+        (sign[0] * float(runs[i].metrics[x] or 0), sign[1] * float(runs[i].metrics[y] or 0))
+        for i in known
+    ]
+    return [known[j] for j in frontier(points)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that table, page and figure show of many runs."""
+
+    runs: list[Run]
+    """In the order of the table; #1 is the first."""
+    metrics: list[str]
+    x: str
+    y: str
+    differences: Differences
+    groups: list[Group]
+    cautions: list[str]
+    fronts: list[list[int]]
+    """Pareto-optimal runs of each group, by ascending x (or descending, where more is better)."""
+
+    def group_of(self, i: int) -> Group:
+        """The group of run i."""
+        return next(group for group in self.groups if i in group.runs)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must know before comparing rows: a line each."""
+        apart = [
+            f"group {group.letter} ({', '.join(f'#{i + 1}' for i in group.runs)}) is not "
+            f"comparable with group A: {group.why}"
+            for group in self.groups[1:]
+        ]
+        return apart + self.cautions
+
+
+def compare(runs: Sequence[Run], metrics: Sequence[str], x: str, y: str) -> Comparison:
+    """The comparison of runs, ordered by group, kind of SAE, and metric x."""
+    group_of = {i: n for n, group in enumerate(comparable_groups(runs)) for i in group.runs}
+
+    def place(i: int) -> tuple[int, str, float, str]:
+        value = runs[i].metrics.get(x)
+        kind = str(runs[i].config.get("sae.type"))
+        return group_of[i], kind, float("inf") if value is None else float(value), runs[i].name
+
+    ordered = [runs[i] for i in sorted(group_of, key=place)]
+    groups = comparable_groups(ordered)
+    return Comparison(
+        runs=ordered, metrics=list(metrics), x=x, y=y, groups=groups,
+        differences=config_differences([run.config for run in ordered]),
+        cautions=cautions(ordered, groups),
+        fronts=[run_frontier(ordered, group.runs, x, y) for group in groups],
+    )  # fmt: skip
