@@ -90,6 +90,8 @@ def identity(cfg: Mapping[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
             return {str(k): clean(v, f"{key}.{k}") for k, v in kept.items()}
         if isinstance(value, list | tuple):
             return [clean(v, key) for v in value]
+        if isinstance(value, float) and value.is_integer():
+            return int(value)  # 8.0 and 8, 1e6 and 1_000_000 are one configuration.
         if isinstance(value, str) and ("/" in value or key.endswith("path")) and value:
             path = Path(value).expanduser()
             return str(path.resolve()) if path.exists() else value
@@ -215,6 +217,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return value
     if hint is Any:
         return value
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # trainer.n_tokens=1e6 means what it says.
     schema = dataclasses.make_dataclass("Schema", [("value", hint)])
     try:
         return cast(Any, OmegaConf.to_object(OmegaConf.structured(schema(value)))).value

@@ -30,6 +30,7 @@ from sae_runner.report.schema import (
     check_report,
     flat_ci,
     flat_metrics,
+    load_report,
 )
 from sae_runner.saes.base import SAE
 from sae_runner.store.reader import Activations, ActivationStore
@@ -119,7 +120,19 @@ def evaluate(
                 envelope["artifacts"]["per_latent"] = f"{name}.parquet"
                 write_columns(eval_dir / f"{name}.parquet", findings.per_latent)
             files.write_json(eval_dir / f"{name}.json", envelope)
+    elif _reported(run_dir, folder, list(wanted)):
+        return log.info("report is there: %s", run_dir / "report.json")
     write_report(run_dir, pipeline, facts, folder, list(wanted))
+
+
+def _reported(run_dir: Path, folder: Path, wanted: list[str]) -> bool:
+    """Whether report.json is there, sound, and of this checkpoint and these evaluators."""
+    try:
+        report = load_report(run_dir)
+    except StoreError:
+        return False
+    same: bool = report["run"]["checkpoint"] == folder.name
+    return same and set(wanted) <= set(report["evaluators"])
 
 
 def _is_current(path: Path, pipeline: Pipeline, name: str, evaluator: Evaluator) -> bool:

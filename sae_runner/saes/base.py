@@ -18,6 +18,7 @@ from sae_runner.errors import ConfigError, StoreError
 from sae_runner.saes._initialisation import geometric_median, random_directions
 from sae_runner.saes._latents import Latents as Latents
 from sae_runner.saes._latents import sum_rows as sum_rows
+from sae_runner.statistics import ActivationStats
 
 InputScaling = Literal["none", "sqrt_d", "unit_mean_square"]
 BiasInit = Literal["zero", "mean", "geometric_median"]
@@ -55,18 +56,6 @@ class TrainState(NamedTuple):
     """Latents that have not fired for `trainer.dead_window` rows."""
     penalty: float = 1.0
     """Factor on the sparsity penalty, from its warm-up schedule."""
-
-
-class ActivationStats(NamedTuple):
-    """What initialisation may know of the training activations."""
-
-    mean: Float[Tensor, " d_in"]
-    mean_norm: float
-    """E‖x‖₂"""
-    mean_square_norm: float
-    """E‖x‖₂²"""
-    sample: Float[Tensor, "n d_in"]
-    """Some shuffled rows."""
 
 
 class SAE(nn.Module):
@@ -247,7 +236,11 @@ def width(d_in: int, d_sae: int | None, expansion: float | None) -> int:
     if (d_sae is None) == (expansion is None):
         given = "both" if d_sae is not None else "neither"
         raise ConfigError(
-            f"sae.d_sae={d_sae} and sae.expansion={expansion}: {given} given; "
+            f"sae.d_sae={_text(d_sae)} and sae.expansion={_text(expansion)}: {given} given; "
             "exactly one is needed, set the other to null"
         )
     return d_sae if d_sae is not None else max(1, round(d_in * float(expansion or 0)))
+
+
+def _text(value: float | None) -> str:
+    return "null" if value is None else f"{value:g}"

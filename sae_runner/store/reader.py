@@ -26,7 +26,7 @@ from sae_runner import files
 from sae_runner.data.base import Split
 from sae_runner.errors import StoreError
 from sae_runner.models.base import SiteInfo
-from sae_runner.saes.base import ActivationStats
+from sae_runner.statistics import ActivationStats
 from sae_runner.store.manifest import (
     SELECTION_SCHEMA,
     STORE_SCHEMA,

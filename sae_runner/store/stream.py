@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae_runner.data.base import Dataset, Split
 from sae_runner.models.base import Model, SiteInfo
-from sae_runner.saes.base import ActivationStats
 from sae_runner.site import TokenSelection
+from sae_runner.statistics import ActivationStats
 from sae_runner.store.reader import Activations
 from sae_runner.store.window import WindowPlan, compute_window
 

@@ -1,0 +1,80 @@
+"""Every YAML composes and agrees with the signature of the class it describes."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from sae_runner.config import checked_options, config_dir
+from sae_runner.data import COMMON_KEYS as DATASET_KEYS
+from sae_runner.data import DATASETS
+from sae_runner.evaluators import EVALUATORS
+from sae_runner.models import COMMON_KEYS as MODEL_KEYS
+from sae_runner.models import MODELS
+from sae_runner.saes import SAES
+
+ROOT = Path(config_dir())
+REGISTRIES = {"model": MODELS, "dataset": DATASETS, "sae": SAES}
+COMMON = {"model": MODEL_KEYS, "dataset": DATASET_KEYS, "sae": frozenset()}
+OPTIONS = sorted(p for p in ROOT.glob("*/*.yaml") if p.parent.name != "hydra")
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(ROOT), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_every_option_composes_and_fits_its_class(path):
+    group, option = path.parent.name, path.stem
+    value = f"[{option}]" if group == "evaluators" else option
+    cfg = OmegaConf.to_container(composed(f"{group}={value}"), resolve=True)
+    if group in REGISTRIES:
+        options = {k: v for k, v in cfg[group].items() if k not in COMMON[group]}
+        REGISTRIES[group].check(options)
+        assert set(cfg[group]) >= COMMON[group]
+    if group == "evaluators":
+        assert list(cfg["evaluators"]) == [option]
+        EVALUATORS.check(cfg["evaluators"][option])
+    if group == "experiment":
+        assert cfg["expected"] is None or isinstance(cfg["expected"], list)
+
+
+@pytest.mark.parametrize("registry", [SAES, EVALUATORS], ids=lambda r: r.kind)
+def test_every_type_has_a_yaml_of_its_name(registry):
+    group = "sae" if registry is SAES else "evaluators"
+    assert set(registry.names()) == {p.stem for p in (ROOT / group).glob("*.yaml")}
+
+
+@pytest.mark.parametrize("registry", [MODELS, DATASETS], ids=lambda r: r.kind)
+def test_every_type_is_used_by_a_yaml(registry):
+    group = "model" if registry is MODELS else "dataset"
+    used = {OmegaConf.load(p).get("type") for p in (ROOT / group).glob("*.yaml")}
+    assert set(registry.names()) <= used
+
+
+def test_no_constructor_has_a_default_for_an_option():
+    import inspect
+
+    for registry in (SAES, EVALUATORS, MODELS, DATASETS):
+        for name in registry.names():
+            for parameter in inspect.signature(registry[name]).parameters.values():
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    assert parameter.default is parameter.empty, f"{name}.{parameter.name}"
+
+
+def test_groups_without_a_registry_fit_their_options():
+    from sae_runner.commands.pipeline import EvalOptions, StoreOptions
+    from sae_runner.site import TokenSelection
+    from sae_runner.training.trainer import TrainOptions
+
+    cfg = OmegaConf.to_container(composed(), resolve=True)
+    site = {k: v for k, v in cfg["site"].items() if k != "name"}
+    for target, options, where in (
+        (StoreOptions.from_config, cfg["store"], "store"),
+        (TrainOptions.from_config, cfg["trainer"], "trainer"),
+        (EvalOptions.from_config, cfg["eval"], "eval"),
+        (TokenSelection.from_config, {k: v for k, v in site.items()}, "site"),
+    ):
+        checked_options(target, options, where=where)
