@@ -243,4 +243,4 @@ def width(d_in: int, d_sae: int | None, expansion: float | None) -> int:
 
 
 def _text(value: float | None) -> str:
-    return "null" if value is None else f"{value:g}"
+    return "null" if value is None else f"{value:.12g}"

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,16 @@ def rows() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def recovered() -> Callable[..., float]:
+def one_thread() -> Iterator[None]:
+    """Steps of microseconds only wait for one another on several threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def recovered(one_thread: None) -> Callable[..., float]:
     """Mean over planted directions of the best cosine with a decoder row, after training."""
 
     def measure(sae: SAE, n_steps: int) -> float:

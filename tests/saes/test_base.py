@@ -80,8 +80,8 @@ def test_width_takes_exactly_one():
     assert width(10, None, 0.25) == 2
     assert width(10, None, 0.001) == 1
     assert width(128, 300, None) == 300
-    with pytest.raises(ConfigError, match=r"sae\.d_sae=3 and sae\.expansion=2\.0: both given"):
-        width(8, 3, 2.0)
+    with pytest.raises(ConfigError, match=r"sae\.d_sae=1048577 and sae\.expansion=2: both"):
+        width(8, 1_048_577, 2.0)
     with pytest.raises(ConfigError, match="neither given; exactly one is needed"):
         width(8, None, None)
 
