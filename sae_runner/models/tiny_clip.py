@@ -1,0 +1,359 @@
+"""A small CLIP that is trained here, on the training images of the dataset it is used with."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from sae_runner.config import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+)
+from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable
+from sae_runner.errors import ConfigError, DataError
+from sae_runner.models import MODELS
+from sae_runner.models._artefact import Artefact, assign, load, trained
+from sae_runner.models._contrastive import Pairs, Recipe, WordTokenizer, train
+from sae_runner.models._open_clip_weights import quiet, seeded
+from sae_runner.models.base import HookedModel
+from sae_runner.models.open_clip import OpenCLIP
+
+_VERSION = 1  # Part of the fingerprint: raise it when a change alters the trained weights.
+_PREPROCESS = {
+    "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic", "resize_mode": "shortest",
+}  # fmt: skip
+_CHUNK = 512
+
+log = logging.getLogger("sae_runner")
+
+
+@MODELS.register("tiny_clip")
+class TinyCLIP(OpenCLIP):
+    """A CLIP of open_clip's own parts with the sites of its ViT, and words as tokens.
+
+    It is trained once, on images of the training split only, and kept in
+    `OUTPUTS/models/tiny_clip-DATASET-FINGERPRINT/`.
+
+    Args:
+        device: where the network lives.
+        dataset: images with labels or captions.
+        outputs: folder that holds `models/`.
+        meta: build it without weights, to learn shapes from.
+        weights: None to train or to reuse what was trained; else such a folder, whose shape then
+            counts instead of these options.
+        image_size: images are resized to this many pixels in each direction.
+        patch_size: pixels of a patch in each direction.
+        width: of the image tower's residual stream.
+        layers: blocks of the image tower.
+        heads: of each of its blocks.
+        embed_dim: width of the shared embedding.
+        text_width: of the text tower's residual stream.
+        text_layers: blocks of the text tower.
+        text_heads: of each of its blocks.
+        context_length: words of a text that are read, the end included.
+        max_words: size of the vocabulary, at most.
+        templates: sentences that stand for a label, with `{}` for its name.
+        max_images: train on at most so many, a seeded sample.
+        epochs: passes over the images.
+        train_batch: images of a step.
+        lr: highest learning rate (AdamW).
+        weight_decay: of matrices.
+        warmup: share of the steps over which the learning rate rises.
+        shift: images move by at most so many pixels.
+        flip: half of the images are mirrored.
+        seed: of weights, order and augmentation.
+
+    Raises:
+        ConfigError: the dataset has neither labels nor captions, or the folder holds no tiny_clip.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device,
+        dataset: Dataset | None,
+        outputs: str | Path,
+        meta: bool = False,
+        *,
+        weights: str | None,
+        image_size: Positive,
+        patch_size: Positive,
+        width: Positive,
+        layers: Positive,
+        heads: Positive,
+        embed_dim: Positive,
+        text_width: Positive,
+        text_layers: Positive,
+        text_heads: Positive,
+        context_length: Positive,
+        max_words: Positive,
+        templates: list[str],
+        max_images: Positive,
+        epochs: Positive,
+        train_batch: Positive,
+        lr: PositiveFloat,
+        weight_decay: NonNegativeFloat,
+        warmup: Fraction,
+        shift: NonNegative,
+        flip: bool,
+        seed: NonNegative,
+    ) -> None:
+        HookedModel.__init__(self)
+        self.arch, self.precision, self.quick_gelu = "tiny_clip", "fp32", False
+        shape = {
+            "embed_dim": embed_dim,
+            "vision_cfg": {
+                "image_size": image_size, "patch_size": patch_size, "width": width,
+                "layers": layers, "head_width": width // heads,
+            },
+            "text_cfg": {
+                "context_length": context_length, "width": text_width, "layers": text_layers,
+                "heads": text_heads,
+            },
+        }  # fmt: skip
+        check_shape(image_size, patch_size, (width, heads), (text_width, text_heads))
+        recipe = Recipe(epochs, train_batch, lr, weight_decay, warmup, shift, flip, seed)
+        if meta:
+            shape = shape if weights is None else facts_of(load(weights), weights)["architecture"]
+            self.weights, self.facts = "meta", {"architecture": shape}
+            self.adopt(new_network(shape, 2, 0, "meta"), "meta", "fp32")
+            return
+        self.device = torch.device(device)
+        if weights is not None:
+            found = load(weights)
+        elif dataset is None:
+            raise ConfigError("model.type=tiny_clip needs a dataset to train on")
+        else:
+            words: dict[str, Any] = {
+                "max_words": max_words,
+                "templates": templates,
+                "max_images": max_images,
+            }
+            identity = {
+                "version": _VERSION, "architecture": shape, "recipe": vars(recipe) | words,
+                "data": identity_of(dataset),
+            }  # fmt: skip
+            found = trained(
+                Path(outputs),
+                f"tiny_clip-{dataset.name}",
+                identity,
+                lambda: self._train(dataset, shape, recipe, **words),
+            )
+        self._take(found, weights, dataset)
+
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """Words of the training captions."""
+        return self.words
+
+    def describe(self) -> dict[str, Any]:
+        """See `Model.describe`; with the zero-shot accuracy on held-out images."""
+        import open_clip
+
+        return {
+            "type": "tiny_clip",
+            "weights": self.weights,
+            "preprocessing": json.loads(self.transform_name()),
+            "open_clip": open_clip.__version__,
+            **{k: self.facts.get(k) for k in ("architecture", "data", "zero_shot", "sha256")},
+        }
+
+    def zero_shot_accuracy(
+        self, dataset: Dataset, split: Split, templates: Sequence[str]
+    ) -> dict[str, Any]:
+        """Share of the images of a split whose class has the most similar text.
+
+        A class's text is the mean over templates of unit embeddings.
+        """
+        names = [spoken(name) for name in dataset.label_names or ()]
+        with torch.no_grad():
+            texts = [
+                nn.functional.normalize(self.encode_text([t.format(n) for t in templates]), dim=-1)
+                for n in names
+            ]
+            classes = torch.stack([text.mean(0) for text in texts])
+            classes = nn.functional.normalize(classes, dim=-1)
+            right = n_seen = 0
+            for examples in chunks_of(dataset, dataset.ids(split)):
+                inputs = self.prepare([e for e in examples if e.label is not None])
+                if inputs.labels is None or not len(inputs):
+                    continue
+                scores = self.forward(inputs) @ classes.T  # The images' norms change no order.
+                right += int((scores.argmax(1).cpu() == inputs.labels).sum())
+                n_seen += len(inputs)
+        return {"accuracy": right / n_seen if n_seen else None, "n": n_seen, "split": split}
+
+    def _train(
+        self,
+        dataset: Dataset,
+        shape: dict[str, Any],
+        recipe: Recipe,
+        *,
+        max_words: int,
+        templates: list[str],
+        max_images: int,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Train, and measure on held-out images: weights and what is to be known of them."""
+        # The transform comes with a network; the vocabulary is not known before the images.
+        device = self.device
+        self.adopt(new_network(shape, 2, 0, "meta"), "meta", "fp32")
+        pairs = self._pairs(dataset, templates, max_images, recipe.seed)
+        texts = [text for options in pairs.texts for text in options]
+        context = shape["text_cfg"]["context_length"]
+        self.words = WordTokenizer.from_texts(texts, context, max_words)
+        log.info("tiny_clip: training on %s images of %s", f"{len(pairs):,}", dataset.name)
+        network = new_network(shape, self.words.vocab_size, recipe.seed, "cpu").to(device)
+        loss = train(network, self.words, pairs, to_normal, recipe, device)
+        self.adopt(network, device, "fp32")
+        zero_shot = None
+        if dataset.label_names:
+            zero_shot = self.zero_shot_accuracy(dataset, "heldout", templates)
+            log.info("tiny_clip: zero-shot accuracy on held-out images %s", zero_shot)
+        facts = {
+            "type": "tiny_clip",
+            "architecture": shape,
+            "words": self.words.words,
+            "data": identity_of(dataset) | {"name": dataset.name, "n_images": len(pairs)},
+            "last_epoch_loss": loss,
+            "zero_shot": zero_shot,
+        }
+        return network.state_dict(), facts
+
+    def _pairs(self, dataset: Dataset, templates: list[str], max_images: int, seed: int) -> Pairs:
+        """The training images with their texts, resized, in memory."""
+        ids = dataset.ids("train")
+        if len(ids) > max_images:
+            order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+            ids = ids[order[:max_images].sort().values.numpy()]
+        pixels: list[Tensor] = []
+        texts: list[list[str]] = []
+        groups: list[int] = []
+        captions: dict[str, int] = {}
+        for examples in chunks_of(dataset, ids):
+            pixels.append(to_bytes(self.prepare(examples).tensors["pixels"]))
+            for example in examples:
+                texts.append(texts_of(example, dataset, templates))
+                meaning = example.label
+                if meaning is None:  # Below zero, so that no caption is taken for a class.
+                    meaning = -1 - captions.setdefault(texts[-1][0], len(captions))
+                groups.append(meaning)
+        if not pixels:
+            raise DataError(f"dataset {dataset.name!r}: no training image could be read")
+        return Pairs(torch.cat(pixels), texts, torch.tensor(groups))
+
+    def _take(self, found: Artefact, where: str | None, dataset: Dataset | None) -> None:
+        """Become the network that was found."""
+        self.facts = facts_of(found, where)
+        self.weights = Path(found.facts["path"]).name
+        shape = self.facts["architecture"]
+        self.words = WordTokenizer(self.facts["words"], shape["text_cfg"]["context_length"])
+        network = new_network(shape, self.words.vocab_size, 0, "cpu")
+        assign(network, found.tensors, f"model.weights={where}")
+        self.adopt(network, self.device, "fp32")
+        if dataset is None:
+            return
+        own, here = self.facts["data"], identity_of(dataset)
+        if any(own[key] != here[key] for key in here):
+            log.warning(
+                "model.weights=%s was trained on other data (%s) or another split than this "
+                "dataset's: its held-out images may have been trained on", where, own["name"],
+            )  # fmt: skip
+
+
+def check_shape(
+    image_size: int, patch_size: int, image: tuple[int, int], text: tuple[int, int]
+) -> None:
+    """Refuse patches that do not tile an image, and heads that do not divide a width."""
+    if image_size % patch_size:
+        raise ConfigError(
+            f"model.patch_size={patch_size}: does not divide model.image_size={image_size}"
+        )
+    for key, (width, heads) in (("", image), ("text_", text)):
+        if width % heads:
+            raise ConfigError(f"model.{key}heads={heads}: does not divide model.{key}width={width}")
+
+
+def new_network(shape: dict[str, Any], vocab_size: int, seed: int, device: str) -> nn.Module:
+    """An untrained CLIP of `shape`."""
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
+
+    with seeded(seed), quiet(), torch.device(device):
+        network: nn.Module = CLIP(
+            shape["embed_dim"],
+            CLIPVisionCfg(**shape["vision_cfg"]),
+            CLIPTextCfg(**shape["text_cfg"], vocab_size=vocab_size),
+        )
+    size = shape["vision_cfg"]["image_size"]
+    set_model_preprocess_cfg(network, _PREPROCESS | {"size": (size, size), "fill_color": 0})
+    return network
+
+
+def facts_of(found: Artefact, where: str | None) -> dict[str, Any]:
+    """What is known of trained weights.
+
+    Raises:
+        ConfigError: they are those of something else.
+    """
+    if found.facts.get("type") != "tiny_clip":
+        raise ConfigError(
+            f"model.weights={where}: not the folder of a tiny_clip; use null to train one"
+        )
+    return found.facts
+
+
+def identity_of(dataset: Dataset) -> dict[str, str]:
+    """Which data, and which of them were for training."""
+    train_ids = dataset.ids("train").tobytes()
+    return {
+        "fingerprint": dataset.fingerprint(),
+        "train_ids": hashlib.sha256(train_ids).hexdigest(),
+    }
+
+
+def chunks_of(dataset: Dataset, ids: Ids) -> Iterator[list[Example]]:
+    """The readable examples of `ids`, some hundred at a time."""
+    for start in range(0, len(ids), _CHUNK):
+        found = dataset.load(ids[start : start + _CHUNK])
+        good = [example for example in found if not isinstance(example, Unreadable)]
+        if good:
+            yield good
+
+
+def texts_of(example: Example, dataset: Dataset, templates: Sequence[str]) -> list[str]:
+    """The example's caption, or its label in every template.
+
+    Raises:
+        ConfigError: it has neither.
+    """
+    if example.caption is not None:
+        return [example.caption]
+    if example.label is None or dataset.label_names is None:
+        raise ConfigError(
+            f"model.type=tiny_clip learns from labels or captions, and example {example.id} of "
+            f"dataset {dataset.name!r} has neither: set dataset.label_column or "
+            "dataset.caption_column"
+        )
+    return [template.format(spoken(dataset.label_names[example.label])) for template in templates]
+
+
+def spoken(name: str) -> str:
+    """A label's name as one says it."""
+    return name.replace("_", " ")
+
+
+def to_bytes(pixels: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:
+    """Normalised pixels as the bytes they were: a quarter of the memory, and nothing is lost."""
+    return ((pixels * 0.5 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_normal(pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    """The inverse of `to_bytes`."""
+    return (pixels.float() / 255 - 0.5) / 0.5
