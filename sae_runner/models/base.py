@@ -139,6 +139,9 @@ class Tap:
     layout: Literal["NLD", "LND", "NCHW", "NHWC", "ND", "NLHD"] = "NLD"
     columns: tuple[int, int] | None = None
     """Start and stop in the last axis, for one head of several."""
+    in_place: bool = False
+    """Input side only: the tensor is read elsewhere too (by the skip around a norm), so an edit is
+    written into it instead of replacing the argument."""
 
     def read(self, value: Any) -> Tensor:
         """The site's [n, tokens, d] in what the module took or gave."""
@@ -334,7 +337,7 @@ class HookedModel(Model):
         """See `Model.splice`."""
 
         def visit(name: str, x: Tensor) -> Tensor:
-            changed = edits[name](x)
+            changed = edits[name](x).to(x.dtype)  # An SAE in fp32 in a host in bf16.
             if positions is None:
                 return changed
             return torch.where(positions.to(x.device).unsqueeze(-1), changed, x)
@@ -366,6 +369,11 @@ class HookedModel(Model):
 
 def _input_hook(name: str, tap: Tap, visit: Callable[[str, Tensor], Any], edit: bool) -> Any:
     def hook(_: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
+        if edit and tap.in_place:
+            old = arguments[0] if arguments else next(iter(options.values()))
+            # The edit sees a copy, so that what it keeps for its gradient is not overwritten.
+            old.copy_(tap.write(old, visit(name, tap.read(old.clone()))))
+            return None
         if arguments:
             changed = visit(name, tap.read(arguments[0]))
             return ((tap.write(arguments[0], changed), *arguments[1:]), options) if edit else None
