@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from sae_runner.config import NonNegativeFloat, Positive, PositiveFloat
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
-from sae_runner.saes.base import SAE, ActivationStats, InputScaling, Loss, TrainState, width
+from sae_runner.saes.base import SAE, InputScaling, Loss, TrainState, width
+from sae_runner.statistics import ActivationStats
 
 
 @SAES.register("relu")

@@ -12,7 +12,6 @@ from sae_runner.errors import ConfigError, DataError
 from sae_runner.saes import SAES
 from sae_runner.saes.base import (
     SAE,
-    ActivationStats,
     BiasInit,
     InputScaling,
     Latents,
@@ -21,6 +20,7 @@ from sae_runner.saes.base import (
     sum_rows,
     width,
 )
+from sae_runner.statistics import ActivationStats
 
 
 @SAES.register("topk")

@@ -7,7 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from sae_runner.saes import SAES
-from sae_runner.saes.base import SAE, ActivationStats, TrainState
+from sae_runner.saes.base import SAE, TrainState
+from sae_runner.statistics import ActivationStats
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sae"
 

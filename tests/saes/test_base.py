@@ -7,7 +7,8 @@ import torch
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.saes import SAES, base
 from sae_runner.saes._initialisation import geometric_median, random_directions
-from sae_runner.saes.base import ActivationStats, Latents, TrainState, sum_rows, width
+from sae_runner.saes.base import Latents, TrainState, sum_rows, width
+from sae_runner.statistics import ActivationStats
 
 every_kind = pytest.mark.parametrize("kind", SAES.names())
 
