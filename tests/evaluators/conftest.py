@@ -1,0 +1,103 @@
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators.base import EvalContext, Findings, Rows
+from sae_runner.report.schema import EVAL_SCHEMA, check_envelope
+from sae_runner.saes.base import SAE, ActivationStats, Latents, Loss, TrainState
+
+Measure = Callable[..., Findings]
+
+
+class Given(SAE):
+    """An SAE of a given decoder and scale; latents and reconstructions are given to the test."""
+
+    kind = "given"
+
+    def __init__(self, W_dec: Tensor, input_scale: float) -> None:
+        super().__init__(W_dec.shape[1], len(W_dec), input_scaling="none", options={})
+        self.W_dec.data = W_dec.clone()
+        self.input_scale.fill_(input_scale)
+
+    def encode(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, state: TrainState) -> Loss:
+        raise NotImplementedError
+
+    def initialise(self, stats: ActivationStats, generator: torch.Generator) -> None:
+        raise NotImplementedError
+
+
+def assert_publishable(findings: Findings) -> None:
+    """What the report's schema would refuse: NaN, infinities, nulls without a note."""
+    envelope = {
+        "schema": EVAL_SCHEMA, "evaluator": "e", "type": "e", "evaluator_version": "1",
+        "axis": "both", "run_id": "r", "timestamp_utc": "t", "seed": 0, "host": {}, "site": {},
+        "sae": {}, "data": {}, "config": {}, "metrics": findings.metrics, "ci": findings.ci,
+        "notes": [note._asdict() for note in findings.notes], "series": findings.series,
+        "artifacts": {}, "cost": {},
+    }  # fmt: skip
+    check_envelope(json.loads(json.dumps(envelope, allow_nan=False)))
+    for column in findings.per_latent.values():
+        assert np.isfinite(column).all()
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """Findings of an evaluator for given rows, fed in batches of one size in a given order.
+
+    An evaluator that makes the latents dense, or keeps something of an earlier pass, fails.
+    """
+    monkeypatch.setattr(Latents, "dense", lambda _: pytest.fail("latents made dense"))
+
+    def run(
+        cfg: dict[str, Any],
+        x: Any,
+        x_hat: Any = None,
+        latents: Any = None,
+        *,
+        example_id: Any = None,
+        position: Any = None,
+        batch: int = 10**9,
+        order: Any = None,
+        W_dec: Tensor | None = None,
+        device: str = "cpu",
+        input_scale: float = 1.0,
+        seed: int = 0,
+        **context: Any,
+    ) -> Findings:
+        x = torch.as_tensor(x)
+        n, d_in = x.shape
+        x_hat = x if x_hat is None else torch.as_tensor(x_hat)
+        latents = torch.zeros(n, 3) if latents is None else torch.as_tensor(latents)
+        ids = torch.arange(n) if example_id is None else torch.as_tensor(example_id)
+        place = torch.zeros(n, dtype=torch.int64) if position is None else torch.as_tensor(position)
+        order = torch.arange(n) if order is None else torch.as_tensor(order)
+        W_dec = torch.ones(latents.shape[1], d_in) if W_dec is None else W_dec
+        evaluator, sae = EVALUATORS.build(cfg), Given(W_dec, input_scale)
+        examples = np.unique(ids.numpy())
+        announced = EvalContext(sae.to(device), n, examples, seed, **context)
+
+        def rows(part: Tensor) -> Rows:
+            sparse = Latents.from_dense(latents[part].to(device))
+            on_device = [t.to(device) for t in (x[part], x_hat[part], ids[part], place[part])]
+            return Rows(on_device[0], sparse, *on_device[1:], None)
+
+        # A pass that was broken off leaves nothing behind.
+        evaluator.start(announced)
+        evaluator.update(rows(order[:3]))
+        evaluator.start(announced)
+        for part in order.split(batch):
+            evaluator.update(rows(part))
+        findings: Findings = evaluator.finish()
+        assert_publishable(findings)
+        return findings
+
+    return run
