@@ -16,8 +16,8 @@ from sae_runner.report.schema import DATASET_FINGERPRINT, MODEL_FINGERPRINT
 OUTSIDE = ("device", "outputs", "run_name", "run_dir", "logger", "name")
 
 HIGHER_IS_BETTER = re.compile(
-    r"(^|/)[^/]*\.(explained_variance|cosine|alive_frac|mmcs|f1|precision|recall|hungarian"
-    r"|fraction_recovered|kl_score|.*recovered|.*accuracy|.*auc)"
+    r".*\.(explained_variance|cosine|alive_frac|mmcs|f1|precision|recall|hungarian"
+    r"|fraction_recovered|kl_score|.*recovered|.*accuracy|.*auc)[^.]*$"
 )
 
 
@@ -127,43 +127,50 @@ def letter(n: int) -> str:
 
 def cautions(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     """One line for each way in which comparable runs were nevertheless not measured alike."""
-    lines = []
+    lines: dict[str, list[str]] = {}
     for group in groups:
         of_group = [(i + 1, runs[i]) for i in group.runs]
         for name in dict.fromkeys(name for _, run in of_group for name in run.evaluators):
-            measured = [
-                (
-                    i,
-                    flat(
-                        {
-                            k: run.evaluators[name][k]
-                            for k in ("evaluator_version", "config", "data")
-                        }
-                    ),
-                )
+            measured = {
+                i: measurement(run.evaluators[name])
                 for i, run in of_group
                 if name in run.evaluators
-            ]
-            keys = config_differences([values for _, values in measured]).differing
-            for key, values in keys.items():
-                lines.append(f"{name} was measured differently: {_who(key, values, measured)}")
-        code = [(i, flat({"versions": run.report["versions"], "git": run.report["git"] or {}}))
-                for i, run in of_group]  # fmt: skip
-        for key, values in config_differences([values for _, values in code]).differing.items():
-            lines.append(f"other code: {_who(key, values, code)}")
+            }
+            for line in _who_has_what(measured):
+                lines.setdefault(f"measured differently: {line}", []).append(name)
+        code = {
+            i: flat({k: run.report[k] or {} for k in ("versions", "git")}) for i, run in of_group
+        }
+        for line in _who_has_what(code):
+            lines.setdefault(f"made by different code: {line}", [])
+    return [f"{', '.join(names)} {line}".strip() for line, names in lines.items()]
+
+
+def measurement(envelope: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides an evaluator's numbers besides the SAE, by dotted key."""
+    decisive = flat({key: envelope[key] for key in ("evaluator_version", "config", "data")})
+    # How rows are batched changes no metric by more than rounding.
+    decisive.pop("config.eval.batch_size", None)
+    rows = {name: metrics["n_tokens"] for name, metrics in envelope["metrics"].items()
+            if "n_tokens" in metrics}  # fmt: skip
+    return decisive | {f"{name}.n_tokens": n for name, n in rows.items()}
+
+
+def _who_has_what(of_runs: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """`data.n_tokens is 4096 (#1, #3), 8192 (#2)` for every key that differs."""
+    lines = []
+    for key, values in config_differences(list(of_runs.values())).differing.items():
+        holders: dict[str, list[str]] = {}
+        for i, value in zip(of_runs, values, strict=True):
+            text = str(value)
+            text = text if len(text) <= 48 else f"{text[:47]}…"
+            holders.setdefault(text, []).append(f"#{i}")
+        said = [
+            f"{value} ({', '.join(who[:4])}{f' and {len(who) - 4} more' if len(who) > 4 else ''})"
+            for value, who in holders.items()
+        ]
+        lines.append(f"{key} is {', '.join(said)}")
     return lines
-
-
-def _who(key: str, values: Sequence[Any], runs: Sequence[tuple[int, Any]]) -> str:
-    """`data.n_tokens is 4096 (#1, #3), 8192 (#2)`."""
-    holders: dict[str, list[str]] = {}
-    for (i, _), value in zip(runs, values, strict=True):
-        holders.setdefault(str(value), []).append(f"#{i}")
-    said = (
-        f"{value} ({', '.join(who[:4])}{f' and {len(who) - 4} more' if len(who) > 4 else ''})"
-        for value, who in holders.items()
-    )
-    return f"{key} is {', '.join(said)}"
 
 
 def higher_is_better(metric: str) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sae_runner.report.curves import curves_figure, read_curves
 from sae_runner.report.style import COLOURS, DARK, GREY, house_style, new_figure, plain_count, save
@@ -40,11 +41,15 @@ def draw_run(run_dir: Path) -> list[Path]:
             figures["density"] = density_figure(*series["log10_hist"], title)
         if "l0_histogram" in series:
             figures["l0"] = l0_figure(*series["l0_histogram"], title)
-        errors = {
-            str(k): series[k] for k in ("error_by_position", "error_histogram") if k in series
-        }
-        if errors:
-            figures["error"] = error_figure(errors, title)
+        nothing = (None, None)
+        by_position, of_positions = series.get("error_by_position", nothing)
+        # One position (a class token, a pooled vector) makes no curve.
+        if by_position and len(by_position["position"]) < 2:
+            by_position = None
+        histogram, of_rows = series.get("error_histogram", nothing)
+        if by_position or histogram:
+            measured_by = of_positions or of_rows or {}
+            figures["error"] = error_figure(by_position, histogram, measured_by, title)
         return [
             path
             for name, figure in figures.items()
@@ -76,7 +81,8 @@ def read_envelopes(run_dir: Path) -> dict[str, dict[str, Any]]:
             continue
         if isinstance(value, dict):
             envelopes[path.stem] = value
-    return envelopes
+    # Of two evaluators of one type, the one that is called like it is the one that is drawn.
+    return dict(sorted(envelopes.items(), key=lambda item: item[1].get("type") != item[0]))
 
 
 def run_title(run_dir: Path, envelopes: Mapping[str, Mapping[str, Any]]) -> str:
@@ -85,7 +91,7 @@ def run_title(run_dir: Path, envelopes: Mapping[str, Mapping[str, Any]]) -> str:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
         config = {str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {}
-    except (OSError, ValueError, OmegaConfBaseException):
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         pass
     blocks = {key: value for key, value in config.items() if isinstance(value, dict)}
     envelope = next(iter(envelopes.values()), {})
@@ -122,7 +128,7 @@ def density_figure(histogram: Mapping[str, Any], envelope: Mapping[str, Any], ti
     if len(shown):
         panel.set_xlim(edges[max(shown[0] - 2, 0)], edges[min(shown[-1] + 3, len(edges) - 1)])
     dead, total = int(histogram.get("n_dead", 0)), int(counts.sum() + histogram.get("n_dead", 0))
-    share = f" ({100 * dead / total:.2g}%)" if total else ""
+    share = f" ({100 * dead / total:.3g}%)" if total else ""
     never = f"{dead:,} of {total:,} latents{share} never fired"
     if bound := metrics.get("dead_upper_bound"):
         never += f":\ntheir frequency is below {bound:.2g} (95%)"
@@ -145,7 +151,7 @@ def l0_figure(histogram: Mapping[str, Any], envelope: Mapping[str, Any], title: 
     total = max(counts.sum(), 1.0)
     # The largest row may have a thousand times the median's latents: then the axis is a log one.
     p05, p50, p95 = (l0[np.searchsorted(counts.cumsum(), q * total)] for q in (0.05, 0.5, 0.95))
-    wide = l0.max() > 30 * max(p50, 1)
+    wide = bool(l0.max() > 30 * max(p50, 1))
     edges = _l0_edges(l0, wide)
     draw_bars(panel, edges, np.histogram(l0, edges, weights=counts)[0] / total)
     if wide:
@@ -180,25 +186,21 @@ def _l0_edges(l0: npt.NDArray[np.float64], wide: bool) -> npt.NDArray[np.float64
 
 
 def error_figure(
-    errors: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]], title: str
+    by_position: Mapping[str, Any] | None,
+    histogram: Mapping[str, Any] | None,
+    envelope: Mapping[str, Any],
+    title: str,
 ) -> Any:
-    """Reconstruction error of rows: by token position, and its distribution."""
-    by_position = errors.get("error_by_position")
-    histogram = errors.get("error_histogram")
-    # One position (a class token, a pooled vector) makes no curve.
-    if by_position and len(by_position[0]["position"]) < 2:
-        by_position = None
-    panels = [p for p in (by_position, histogram) if p]
-    envelope = next(iter(errors.values()))[1]
-    n_rows = sum(by_position[0].get("n", [])) if by_position else 0
-    width = 6.4 if len(panels) < 2 else 10
+    """Reconstruction error of rows: by token position, and its distribution; one may be absent."""
+    n_panels = bool(by_position) + bool(histogram)
+    n_rows = sum(by_position.get("n", [])) if by_position else 0
+    width = 6.4 if n_panels < 2 else 10
     figure = new_figure(width, 3.6, title, measured_on(envelope, n_rows))
-    axes = list(np.atleast_1d(figure.subplots(1, max(len(panels), 1))))
+    axes = iter(np.atleast_1d(figure.subplots(1, n_panels)))
     if by_position:
-        draw_error_by_position(axes.pop(0), by_position[0])
+        draw_error_by_position(next(axes), by_position)
     if histogram:
-        panel = axes.pop(0)
-        draw_error_histogram(panel, histogram[0])
+        draw_error_histogram(next(axes), histogram)
     return figure
 
 

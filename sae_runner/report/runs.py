@@ -25,16 +25,13 @@ class Run:
     ci: dict[str, dict[str, float | int]]
     config: dict[str, Any]
     """Dotted keys; without `expected`, which is no part of the experiment."""
+    verdicts: list[dict[str, Any]]
+    """Published against measured numbers, as judged when the report was written, or now."""
 
     @property
     def evaluators(self) -> dict[str, Any]:
         """The envelopes by the evaluators' names."""
         return dict(self.report["evaluators"])
-
-    def verdicts(self) -> list[dict[str, Any]]:
-        """Published against measured numbers, as judged when the report was written, or now."""
-        stored = self.report["expected"]
-        return stored or judge(self.report["config"].get("expected") or [], self.metrics, self.ci)
 
 
 def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -42,17 +39,29 @@ def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     runs, damaged = [], []
     for folder in folders:
         try:
-            report = load_report(folder)
-        except StoreError as error:
+            runs.append(load_run(folder))
+        except InputError as error:
             damaged.append(" ".join(str(error).split()))
-            continue
-        config = {k: v for k, v in report["config"].items() if k != "expected"}
-        metrics, ci = flat_metrics(report["evaluators"]), flat_ci(report["evaluators"])
-        runs.append(Run(folder.name, folder, report, metrics, ci, flat(config)))
     names = [run.name for run in runs]
     repeated = {name for name in names if names.count(name) > 1}
     runs = [replace(r, name=str(r.path)) if r.name in repeated else r for r in runs]
     return runs, damaged
+
+
+def load_run(folder: Path) -> Run:
+    """The run of a run directory.
+
+    Raises:
+        InputError: its report is damaged.
+    """
+    report = load_report(folder)
+    config = {k: v for k, v in report["config"].items() if k != "expected"}
+    metrics, ci = flat_metrics(report["evaluators"]), flat_ci(report["evaluators"])
+    try:
+        verdicts = report["expected"] or judge(report["config"].get("expected") or [], metrics, ci)
+    except ConfigError as error:
+        raise StoreError(f"{folder / 'report.json'}: config.{error}") from None
+    return Run(folder.name, folder, report, metrics, ci, flat(config), verdicts)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -91,8 +100,8 @@ def find_runs(patterns: Sequence[str], train_dir: Path) -> tuple[list[Path], lis
     without = [run for run in known if run not in with_report]
     if not with_report:
         where = ", ".join(patterns) or train_dir
-        also = f"; {len(without)} without: run `sae-run eval checkpoint={without[0]}`"
-        raise InputError(f"no run with a report.json in {where}{also if without else ''}")
+        also = [f"; {len(without)} without: run `sae-run eval checkpoint={p}`" for p in without[:1]]
+        raise InputError(f"no run with a report.json in {where}{''.join(also)}")
     return with_report, without
 
 

@@ -29,6 +29,10 @@ REPORT: dict[str, type | tuple[type, ...]] = {
     "training": dict, "evaluators": dict, "expected": list, "cost": dict,
 }  # fmt: skip
 METRIC = (int, float, type(None))
+EXPECTED: dict[str, type | tuple[type, ...]] = {
+    "metric": str, "value": METRIC, "low": METRIC, "high": METRIC, "unit": (str, type(None)),
+    "source": (str, type(None)), "why": (str, type(None)), "measured": METRIC, "verdict": str,
+}  # fmt: skip
 NOTE: dict[str, type] = {"code": str, "metric": str, "detail": str}
 CI = dict.fromkeys(("se", "lo", "hi", "n"), (int, float))
 # `fingerprints` of a run header name at least these; runs are comparable when both are equal.
@@ -87,6 +91,8 @@ def check_report(report: Any, where: str = "report") -> None:
     check(report, REPORT, where)
     if report["schema"] != REPORT_SCHEMA:
         raise StoreError(f"{where}: schema {report['schema']!r}, expected {REPORT_SCHEMA!r}")
+    for i, verdict in enumerate(report["expected"]):
+        check(verdict, EXPECTED, f"{where}: expected[{i}]")
     for name, envelope in report["evaluators"].items():
         check_envelope(envelope, f"{where}: evaluators.{name}")
 

@@ -42,6 +42,7 @@ def new_figure(width: float, height: float, title: str, subtitle: str = "") -> A
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    title, subtitle = (text.replace("$", r"\$") for text in (title, subtitle))  # No formulas here.
     # Constrained layout makes room for the title only: a second, empty line keeps the subtitle's.
     lines = f"{title}\n" if subtitle else title
     figure.suptitle(lines, x=0.01, ha="left", fontsize=11, fontweight="bold", linespacing=1.6)
@@ -56,8 +57,10 @@ def save(figure: Any, folder: Path, name: str) -> list[Path]:
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata)
+        # Where an SVG's reader lacks the font, another without serifs is better than its default.
+        data = buffer.getvalue().replace(b"'DejaVu Sans'", b"'DejaVu Sans', Verdana, sans-serif")
         with atomic(path := folder / f"{name}.{kind}") as temporary:
-            temporary.write_bytes(buffer.getvalue())
+            temporary.write_bytes(data)
         paths.append(path)
     return paths
 

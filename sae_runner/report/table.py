@@ -76,7 +76,8 @@ def show_metric(value: float | int | None, ci: dict[str, float | int] | None = N
     half = (ci["hi"] - ci["lo"]) / 2 if ci else 0.0
     if ci is None or half <= 0:
         return show_number(value) + (" ±0" if ci else "")
-    decimals = max(0, 1 - math.floor(math.log10(half)))
+    # Of the half as it will be shown: 0.0996 is 0.10 and leaves two decimals, not three.
+    decimals = max(0, 1 - math.floor(math.log10(float(f"{half:.1e}"))))
     if decimals > 6:  # Fixed notation would be mostly zeros.
         numbers = [f"{v:.3g}" for v in (value, ci["lo"], ci["hi"], half)]
     else:
@@ -178,7 +179,7 @@ def csv_text(comparison: Comparison) -> str:
 
 def escaped(text: str) -> str:
     """Text on one line in which Markdown finds no markup."""
-    return re.sub(r"([\\|`*_<\[#])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\|`*_<\[])", r"\\\1", " ".join(str(text).split()))
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -218,7 +219,7 @@ def expected_rows(comparison: Comparison) -> list[list[str]]:
     """One row for each published number of each run, under EXPECTED_HEADS."""
     rows = []
     for i, run in enumerate(comparison.runs):
-        for entry in run.verdicts():
+        for entry in run.verdicts:
             unit = f" {entry['unit']}" if entry["unit"] else ""
             measured, value = entry["measured"], entry["value"]
             rows.append([

@@ -1,0 +1,171 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sae_runner.report.comparison import (
+    ABSENT,
+    comparable_groups,
+    compare,
+    config_differences,
+    frontier,
+    higher_is_better,
+    letter,
+)
+from sae_runner.report.runs import Run, load_runs
+
+MakeRun = Callable[..., Path]
+X, Y = "sparsity.l0", "reconstruction.fvu"
+
+
+def load(*folders: Path) -> list[Run]:
+    runs, damaged = load_runs(folders)
+    assert damaged == []
+    return runs
+
+
+def dominated(point: tuple[float, float], points: list[tuple[float, float]]) -> bool:
+    return any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in points)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_frontier_is_what_brute_force_finds(seed: int) -> None:
+    # A coarse grid, so that ties in one and in both coordinates are frequent.
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(0, 40))
+    points = [(float(a), float(b)) for a, b in rng.integers(0, int(rng.integers(2, 12)), (n, 2))]
+    chosen = frontier(points)
+    assert sorted(chosen) == [i for i, p in enumerate(points) if not dominated(p, points)]
+    assert [points[i] for i in chosen] == sorted(points[i] for i in chosen)
+
+
+def test_more_is_better_of_some_metrics() -> None:
+    for name in (
+        "reconstruction.explained_variance_per_token", "reconstruction.cosine",
+        "density.alive_frac",
+        "recovery.mmcs_true_to_sae", "recovery.f1_firing", "downstream_loss.ce_recovered_zero",
+        "probing.sae_test_accuracy", "mine/reconstruction.cosine", "downstream_loss.kl_score_mean",
+    ):  # fmt: skip
+        assert higher_is_better(name), name
+    for name in (
+        X, Y, "reconstruction.mse", "density.dead_frac", "downstream_loss.kl", "sparsity.l1",
+        "downstream_loss.ce_increase", "cosine.l0",
+    ):  # fmt: skip
+        assert not higher_is_better(name), name
+
+
+def test_the_frontier_of_runs_follows_the_metrics_directions(make_run: MakeRun) -> None:
+    values = {"a": (10, 0.5), "b": (20, 0.8), "c": (30, 0.7), "d": (40, 0.9)}
+    runs = load(
+        *(
+            make_run(name, metrics={X: l0, "reconstruction.explained_variance": ev})
+            for name, (l0, ev) in values.items()
+        )
+    )
+    comparison = compare(runs, [], X, "reconstruction.explained_variance")
+    (front,) = comparison.fronts
+    assert [comparison.runs[i].name for i in front] == ["a", "b", "d"]
+
+
+def test_a_run_without_a_metric_is_on_no_frontier(make_run: MakeRun) -> None:
+    note = {"code": "zero_denominator", "metric": Y, "detail": "constant rows"}
+    a = make_run("a", metrics={X: 1.0, Y: None}, notes=[note])
+    comparison = compare(load(a, make_run("b", metrics={X: 50.0, Y: 0.2})), [], X, Y)
+    assert [[comparison.runs[i].name for i in front] for front in comparison.fronts] == [["b"]]
+
+
+def test_config_differences_are_told_apart_by_what_they_change() -> None:
+    first = {"sae.k": 32, "sae.type": "topk", "device": "cpu", "model.batch_size": 1, "seed": 0}
+    second = {"sae.l1": 0.1, "sae.type": "relu", "device": "cuda", "model.batch_size": 2, "seed": 0}
+    found = config_differences([first, second])
+    assert found.differing == {
+        "sae.k": [32, ABSENT], "sae.type": ["topk", "relu"], "sae.l1": [ABSENT, 0.1],
+    }  # fmt: skip
+    assert found.runtime == {"device": ["cpu", "cuda"], "model.batch_size": [1, 2]}
+    assert found.same == {"seed": 0}
+
+
+def test_an_absent_key_differs_from_null_and_a_list_is_a_value() -> None:
+    found = config_differences([{"a": None, "b": [1, 2]}, {"b": [1, 2]}])
+    assert list(found.differing) == ["a"]
+    assert found.same == {"b": [1, 2]}
+
+
+def test_every_key_is_reported_once(make_run: MakeRun) -> None:
+    runs = load(make_run("a"), make_run("b", config={"sae.k": 16, "device": "cuda"}))
+    found = config_differences([run.config for run in runs])
+    parts = [*found.differing, *found.runtime, *found.same]
+    assert sorted(parts) == sorted(runs[0].config)
+    assert list(found.differing) == ["sae.k"]
+
+
+def test_expected_numbers_are_no_difference_of_the_config(make_run: MakeRun) -> None:
+    expected = [{"metric": Y, "value": 0.1, "low": 0.0, "high": 0.2}]
+    runs = load(make_run("a"), make_run("b", config={"expected": expected}))
+    assert config_differences([run.config for run in runs]).differing == {}
+    assert [v["verdict"] for v in runs[1].verdicts] == ["reproduced"]
+    assert runs[0].verdicts == []
+
+
+F12 = "f" * 12
+SITE = {"name": "activations", "module": "", "d": 64, "tokens": "cls"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"fingerprints": {"model": "f" * 64}}, f"model weights differ ({F12}; A has {'a' * 12})"),
+        ({"fingerprints": {"dataset": "f" * 64}}, f"data differ ({F12}; A has {'b' * 12})"),
+        ({"site": SITE}, "site differs (tokens cls; A has tokens all)"),
+    ],
+)  # fmt: skip
+def test_runs_of_another_subject_are_not_comparable(
+    make_run: MakeRun, change: dict[str, Any], why: str
+) -> None:
+    odd = make_run("odd", metrics={X: 1.0, Y: 0.0}, **change)
+    comparison = compare(load(odd, make_run("a"), make_run("b")), [], X, Y)
+    assert [run.name for run in comparison.runs] == ["a", "b", "odd"]
+    assert [group.letter for group in comparison.groups] == ["A", "B"]
+    assert comparison.remarks == [f"group B (#3) is not comparable with group A: {why}"]
+    # It would dominate everything: it must not, being in another group.
+    assert comparison.fronts == [[0, 1], [2]]
+
+
+def test_an_unknown_fingerprint_equals_nothing_not_even_another_one(make_run: MakeRun) -> None:
+    unknown = {"report": {"fingerprints": {"model": "a" * 64}}}
+    runs = load(make_run("a", **unknown), make_run("b", **unknown), make_run("c"), make_run("d"))
+    groups = comparable_groups(runs)
+    assert [group.runs for group in groups] == [[2, 3], [0], [1]]
+    assert groups[1].why == "data of this run is unknown"
+
+
+def test_another_measurement_of_comparable_runs_is_said(make_run: MakeRun) -> None:
+    versions = {"sae_runner": "0.1.0", "python": "3.11.2"}
+    runs = load(
+        make_run("a"),
+        make_run("b", data={"n_heldout": 64}, metrics={"density.n_tokens": 1024}),
+        make_run("c", report={"versions": versions | {"torch": "2.11"}}),
+    )  # fmt: skip
+    remarks = compare(runs, [], X, Y).remarks
+    assert remarks == [
+        "sparsity, reconstruction, density measured differently: "
+        "data.n_heldout is 512 (#1, #3), 64 (#2)",
+        "density measured differently: density.n_tokens is 8192 (#1, #3), 1024 (#2)",
+        "made by different code: versions.torch is 2.15.0 (#1, #2), 2.11 (#3)",
+    ]
+
+
+def test_runs_are_ordered_by_group_kind_and_x(make_run: MakeRun) -> None:
+    runs = load(
+        make_run("a", metrics={X: 64.0}), make_run("b", metrics={X: 8.0}),
+        make_run("c", config={"sae.type": "relu"}, metrics={X: 99.0}),
+    )  # fmt: skip
+    assert [run.name for run in compare(runs, [], X, Y).runs] == ["c", "b", "a"]
+
+
+def test_letters_go_on_after_z() -> None:
+    assert [letter(n) for n in (0, 25, 26, 27, 51, 52, 701, 702)] == [
+        "A", "Z", "AA", "AB", "AZ", "BA", "ZZ", "AAA",
+    ]  # fmt: skip
