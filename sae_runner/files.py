@@ -32,9 +32,8 @@ def atomic(path: Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
-            if file.is_file():
-                flush(file)
+        for written in [temporary, *temporary.rglob("*")]:  # Folders too: their entries count.
+            flush(written)
         if path.is_dir():
             # A folder cannot replace a full one in one step: move the old one out of the way.
             old = path.parent / f".{path.name}.{os.getpid()}.old"

@@ -288,8 +288,8 @@ class Pipeline:
 
         return StreamStore(
             lambda: self.model, self.dataset, info, self.selection, self.plan(info),
-            rows_per_example=self.rows_per_example(info), mix_rows=options.mix_rows,
-            dtype=options.dtype, batch_size=self.loading.batch_size, workers=self.loading.workers,
+            mix_rows=options.mix_rows, dtype=options.dtype, batch_size=self.loading.batch_size,
+            workers=self.loading.workers, max_bad=self.loading.max_bad,
         )  # fmt: skip
 
     # -- SAE, training, evaluation ---------------------------------------------------------------

@@ -15,8 +15,8 @@ from sae_runner.data.base import Dataset, Split
 from sae_runner.models.base import Model, SiteInfo
 from sae_runner.site import TokenSelection
 from sae_runner.statistics import ActivationStats
-from sae_runner.store.reader import Activations
-from sae_runner.store.window import WindowPlan, compute_window
+from sae_runner.store.activations import Activations, mixed
+from sae_runner.store.window import WindowPlan, check_bad, compute_window
 
 
 class StreamStore(Activations):
@@ -30,17 +30,17 @@ class StreamStore(Activations):
         selection: TokenSelection,
         plan: WindowPlan,
         *,
-        rows_per_example: int,
         mix_rows: int,
         dtype: str,
         batch_size: int,
         workers: int,
+        max_bad: float,
     ) -> None:
         self.load_model, self.dataset, self.site = model, dataset, site
         self.selection, self.plan, self.dtype = selection, plan, dtype
-        self.rows_per_example, self.batch_size, self.workers = rows_per_example, batch_size, workers
-        window_rows = plan.window_examples * rows_per_example
-        self.mix_windows = max(1, min(self.n_windows("train"), mix_rows // window_rows))
+        self.batch_size, self.workers, self.max_bad = batch_size, workers, max_bad
+        self.mix_windows = mixed(mix_rows, plan.window_rows, self.n_windows("train"))
+        self.bad: dict[int, str] = {}
         self.in_order = not dataset.random_access
 
     def n_windows(self, split: Split) -> int:
@@ -49,14 +49,21 @@ class StreamStore(Activations):
 
     def n_rows(self, split: Split) -> int:
         """The most rows there can be: how many tokens a text has is known once it is read."""
-        return len(self.plan.ids[split]) * self.rows_per_example
+        return len(self.plan.ids[split]) * self.plan.rows_per_example
 
     def window(self, split: Split, index: int) -> dict[str, Tensor]:
-        """Compute one window."""
+        """Compute one window.
+
+        Raises:
+            DataError: as when a store is written; unreadable examples count once, not every epoch.
+        """
         rows = compute_window(
             self.load_model(), self.dataset, [self.site], self.selection, self.plan, split, index,
             batch_size=self.batch_size, workers=self.workers, dtype=self.dtype,
         )  # fmt: skip
+        new = [bad for bad in rows.bad if bad.id not in self.bad]
+        self.bad.update((bad.id, bad.reason) for bad in new)
+        check_bad(new, len(self.bad), sum(map(len, self.plan.ids.values())), self.max_bad)
         tensors = {
             "activations": rows.activations[self.site.name],
             "example_id": rows.example_id,

@@ -3,6 +3,7 @@
 Disk and stream compute windows by the same function, so both give the same rows in the same order.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.site import TokenSelection
 from sae_runner.store.loading import load_batches
 
+log = logging.getLogger("sae_runner")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -27,6 +29,8 @@ class WindowPlan:
     """Example ids of each split in the order in which they are visited."""
     window_examples: int
     seed: int
+    rows_per_example: int = 1
+    """The most there can be."""
 
     @classmethod
     def make(
@@ -41,7 +45,12 @@ class WindowPlan:
             if dataset.random_access:
                 found = found[np.random.default_rng([seed, number]).permutation(len(found))]
             ids[split] = found  # type: ignore[index]
-        return cls(ids, max(1, window_rows // rows_per_example), seed)
+        return cls(ids, max(1, window_rows // rows_per_example), seed, rows_per_example)
+
+    @property
+    def window_rows(self) -> int:
+        """The most rows a window can have."""
+        return self.window_examples * self.rows_per_example
 
     def n_windows(self, split: Split) -> int:
         """How many windows a split has; the last one may be short."""
@@ -114,9 +123,10 @@ def compute_window(
                 position.append(positions)
                 if inputs.labels is not None:
                     label.append(inputs.labels[rows_of].int())
-    if not example_id:
-        ids_text = ", ".join(str(b.id) for b in bad[:3])
-        raise DataError(f"dataset: no example of a window could be read ({ids_text}, …)")
+    if not example_id:  # Whether so many unreadable examples are too many is not decided here.
+        rows = {info.name: torch.empty(0, info.d, dtype=DTYPES[dtype]) for info in infos}
+        none = torch.empty(0, dtype=torch.int32)
+        return WindowRows(rows, none, none, none if dataset.label_names else None, bad)
     n_rows = sum(map(len, example_id))
     order = plan.order(split, window, n_rows)
     return WindowRows(
@@ -128,16 +138,32 @@ def compute_window(
     )
 
 
+def check_bad(new: Sequence[Unreadable], n_bad: int, n_examples: int, max_bad: float) -> None:
+    """Name what could not be read; refuse to go on when it is more than `max_bad` of everything.
+
+    Raises:
+        DataError: past the limit.
+    """
+    for example in new:
+        log.warning("unreadable example %d: %s", example.id, example.reason)
+    if n_bad > max_bad * n_examples:
+        one = f", e.g. {new[0].id}: {new[0].reason}" if new else ""
+        raise DataError(
+            f"dataset.max_bad={max_bad:g}: {n_bad} of {n_examples} examples are unreadable{one}"
+        )
+
+
 def select_rows(
     x: Tensor, info: SiteInfo, selection: TokenSelection, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows [n, d], their example ids, token positions and row numbers in the batch."""
     keep = selection.mask(info, inputs, x.shape[1])
     if selection.tokens == "mean":
-        share = keep / keep.sum(1, keepdim=True).clamp_min(1)
         rows = keep.any(1).nonzero().squeeze(1)
-        means = torch.einsum("ntd,nt->nd", x.float(), share.to(x.device))
-        chosen = means[rows.to(x.device)]
+        kept = keep.unsqueeze(2).to(x.device)
+        # Filled, not multiplied by 0: what is left out may be NaN (padding, in some hosts).
+        sums = x.float().masked_fill(~kept, 0).sum(1)
+        chosen = (sums / kept.sum(1).clamp_min(1))[rows.to(x.device)]
         return chosen.cpu(), inputs.ids[rows].int(), torch.full_like(rows, -1).int(), rows
     rows, positions = keep.nonzero(as_tuple=True)
     everything = bool(keep.all())  # The common case of images needs no gather.

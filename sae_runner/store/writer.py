@@ -29,7 +29,7 @@ from sae_runner.store.manifest import (
     selection_dir,
     site_to_json,
 )
-from sae_runner.store.window import DTYPES, WindowPlan, WindowRows, compute_window
+from sae_runner.store.window import DTYPES, WindowPlan, WindowRows, check_bad, compute_window
 
 log = logging.getLogger("sae_runner")
 
@@ -88,14 +88,18 @@ def write_selections(
         folder.mkdir(parents=True, exist_ok=True)
         for partial in folder.glob(".*.partial"):
             files.remove(partial)
-    todo = [(s, w) for s in SPLITS for w in range(plan.n_windows(s))]
-    missing = [(s, w) for s, w in todo if not all(_done(f, s, w) for f in folders.values())]
-    if len(missing) < len(todo):
-        log.info("%d of %d windows are there already", len(todo) - len(missing), len(todo))
+    todo: dict[bool, list[tuple[Split, int]]] = {True: [], False: []}
+    for split in SPLITS:
+        for window in range(plan.n_windows(split)):
+            done = all(_done(folder, split, window) for folder in folders.values())
+            todo[done].append((split, window))
+    written, missing = todo[True], todo[False]
+    if written:
+        log.info("%d of %d windows are there already", len(written), len(written + missing))
     n_examples = sum(map(len, plan.ids.values()))
-    done = n_examples - sum(len(plan.examples(s, w)) for s, w in missing)
-    progress = Progress("cache", n_examples, "examples", done=done)
-    n_bad = sum(len(_bad(folders[infos[0].name], s, w)) for s, w in todo if (s, w) not in missing)
+    n_done = sum(len(plan.examples(*window)) for window in written)
+    progress = Progress("cache", n_examples, "examples", done=n_done)
+    n_bad = sum(len(_bad(folders[infos[0].name], *window)) for window in written)
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: Future[None] | None = None
         for split, window in missing:
@@ -104,14 +108,7 @@ def write_selections(
                 batch_size=batch_size, workers=workers, dtype=dtype,
             )  # fmt: skip
             n_bad += len(rows.bad)
-            for example in rows.bad:
-                log.warning("unreadable example %d: %s", example.id, example.reason)
-            if n_bad > max_bad * n_examples:
-                first = rows.bad[0] if rows.bad else None
-                raise DataError(
-                    f"dataset.max_bad={max_bad}: {n_bad} of {n_examples} examples are unreadable"
-                    + (f", e.g. {first.id}: {first.reason}" if first else "")
-                )
+            check_bad(rows.bad, n_bad, n_examples, max_bad)
             if writing:
                 writing.result()  # At most one window waits to be written: memory stays bounded.
             writing = pool.submit(_write_window, folders, split, window, rows)
@@ -124,7 +121,8 @@ def write_selections(
 
 
 def _done(folder: Path, split: Split, window: int) -> bool:
-    return (folder / f"{split}-{window:05d}.json").is_file()
+    record = folder / f"{split}-{window:05d}.json"
+    return record.is_file() and record.with_suffix(".safetensors").is_file()
 
 
 def _bad(folder: Path, split: Split, window: int) -> list[Any]:
@@ -148,16 +146,18 @@ def _write_window(folders: dict[str, Path], split: Split, window: int, rows: Win
         files.write_tensors(path, tensors)
         norms = tensors["norm"].double()
         record = {
-            "file": path.name,
+            **_file(path),
             "rows": len(x),
-            "bytes": path.stat().st_size,
-            "sha256": files.sha256(path),
             "sum": column_sums(x).tolist(),
             "sum_norm": float(norms.sum()),
             "sum_square_norm": float(norms.square().sum()),
             "bad": [bad._asdict() for bad in rows.bad],
         }
         files.write_json(folder / f"{split}-{window:05d}.json", record)
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -174,6 +174,11 @@ def _finish(
         paths = [folder / f"{split}-{w:05d}.json" for w in range(plan.n_windows(split))]
         records = [json.loads(path.read_text()) for path in paths]
         n_rows = sum(r["rows"] for r in records)
+        if not n_rows:
+            raise DataError(
+                f"site.tokens={selection.tokens}: no token of the {split} split is left at "
+                f"{info.name}; see site.drop_special, site.drop_positions, dataset.max_bad"
+            )
         means[f"{split}.mean"] = (
             torch.tensor([r["sum"] for r in records], dtype=torch.float64).sum(0) / n_rows
         )
@@ -185,7 +190,8 @@ def _finish(
             "mean_square_norm": sum(r["sum_square_norm"] for r in records) / n_rows,
             "shards": [{k: r[k] for k in ("file", "rows", "bytes", "sha256")} for r in records],
         }
-    files.write_tensors(folder / "stats.safetensors", means)
+    stats = folder / "stats.safetensors"
+    files.write_tensors(stats, means)
     files.write_json(
         folder / "manifest.json",
         {
@@ -196,7 +202,9 @@ def _finish(
             "dtype": dtype,
             "seed": plan.seed,
             "window_examples": plan.window_examples,
+            "window_rows": plan.window_rows,
             "splits": splits,
+            "stats": _file(stats),
             "unreadable": bad,
         },
     )

@@ -1,0 +1,225 @@
+"""Rows in windows, from wherever: in order with their ids, or shuffled without end for training.
+
+Shuffling: an epoch visits the windows in a seeded order, `mix_windows` at a time; the rows of such
+a group come in one seeded permutation. A window's rows are permuted already, so rows of one example
+are no neighbours even when one window is all that fits. Batch t is a function of (seed, t) alone.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from sae_runner.data.base import Split
+from sae_runner.errors import DataError
+from sae_runner.models.base import SiteInfo
+from sae_runner.statistics import ActivationStats
+
+_TAG = 0x6D6978  # "mix"
+
+
+class StoredRows(NamedTuple):
+    """Rows with what is known of each."""
+
+    x: Float[Tensor, "n d"]
+    example_id: Int64[Tensor, " n"]
+    position: Int64[Tensor, " n"]
+    label: Int64[Tensor, " n"] | None
+
+
+class Batch(NamedTuple):
+    """One training batch."""
+
+    x: Float[Tensor, "n d"]
+    position: "Position"
+    """Where the stream stands after this batch."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the endless shuffled stream; part of a checkpoint."""
+
+    epoch: int = 0
+    group: int = 0
+    offset: int = 0
+    """Rows of the group that are already out."""
+
+
+class Activations(ABC):
+    """Rows of one site in windows, wherever they come from."""
+
+    site: SiteInfo
+    mix_windows: int = 1
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.site.d
+
+    @abstractmethod
+    def n_windows(self, split: Split) -> int:
+        """How many windows a split has."""
+
+    @abstractmethod
+    def n_rows(self, split: Split) -> int:
+        """How many rows a split has (a stream that cannot know says the most there can be)."""
+
+    @abstractmethod
+    def window(self, split: Split, index: int) -> dict[str, Tensor]:
+        """One window: activations [n, d], example_id, position, perhaps label, perhaps keep."""
+
+    @abstractmethod
+    def stats(self, n_sample: int = 32768) -> ActivationStats:
+        """What initialisation may know of the training rows."""
+
+    def heldout_mean(self) -> Float[Tensor, " d"] | None:
+        """Mean of the held-out rows in float64, where it is known without reading them."""
+        return None
+
+    in_order: bool = False
+    """A stream without random access must be visited front to back."""
+
+    def rows(self, split: Split, batch_size: int, limit: int | None = None) -> Iterator[StoredRows]:
+        """Rows in stored order, at most `limit` of them."""
+        left = limit if limit is not None else np.inf
+        for index in range(self.n_windows(split)):
+            window = self.window(split, index)
+            keep = window.get("keep")
+            chosen = keep if keep is not None else torch.arange(len(window["activations"]))
+            chosen = chosen[: int(min(left, len(chosen)))]
+            for part in torch.split(chosen, batch_size) if len(chosen) else ():
+                left -= len(part)
+                yield StoredRows(
+                    window["activations"][part].float(),
+                    window["example_id"][part].long(),
+                    window["position"][part].long(),
+                    window["label"][part].long() if "label" in window else None,
+                )
+            if left <= 0:
+                return
+
+    def shuffled(
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        start: Position = Position(),
+        rank: int = 0,
+        world_size: int = 1,
+        split: Split = "train",
+    ) -> Iterator[Batch]:
+        """Batches without end; every row comes exactly once an epoch.
+
+        `batch_size` counts rows over all ranks; this rank gets its equal share of each batch.
+        """
+        cursor = _Cursor(self, seed, split, start)
+        while True:
+            x = torch.empty(len(range(rank, batch_size, world_size)), self.d_in)
+            begun = taken = 0
+            while begun < batch_size:
+                piece = cursor.group.order[cursor.position.offset :][: batch_size - begun]
+                # A rank's share is a stride of the batch, so that all ranks see all windows.
+                share = piece[(rank - begun) % world_size :: world_size]
+                cursor.group.gather(share, x[taken : taken + len(share)])
+                begun, taken = begun + len(piece), taken + len(share)
+                cursor.advance(len(piece))
+            yield Batch(x, cursor.position)
+
+
+class _Group:
+    """Some windows and one permutation of all their rows."""
+
+    def __init__(self, windows: list[dict[str, Tensor]], generator: torch.Generator) -> None:
+        self.activations = [w["activations"] for w in windows]
+        self.keep = [w.get("keep") for w in windows]
+        sizes = [len(k if k is not None else a) for a, k in zip(self.activations, self.keep)]  # noqa: B905
+        self.starts = torch.tensor([0, *np.cumsum(sizes)])
+        self.order = torch.randperm(int(self.starts[-1]), generator=generator)
+
+    def gather(self, rows: Tensor, out: Tensor) -> None:
+        """Copy rows (numbers within the group) into `out`, in ascending order.
+
+        The order inside a batch does not matter to a sum over it, and ascending reads are faster.
+        """
+        rows = rows.sort().values
+        cuts = torch.searchsorted(rows, self.starts).tolist()
+        for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+            if b > a:
+                self._take(i, rows[a:b] - self.starts[i], out[a:b])
+
+    def _take(self, i: int, rows: Tensor, out: Tensor) -> None:
+        keep, source = self.keep[i], self.activations[i]
+        index = rows if keep is None else keep[rows]
+        if source.dtype == out.dtype:
+            torch.index_select(source, 0, index, out=out)
+        else:
+            out.copy_(source.index_select(0, index))
+
+
+class _Cursor:
+    """Walks groups and epochs; the group at hand is loaded once, and only when it is needed."""
+
+    def __init__(self, source: Activations, seed: int, split: Split, start: Position) -> None:
+        self.source, self.seed, self.split = source, seed, split
+        self.position = start
+        self._group: _Group | None = None
+        self._n_empty = 0
+        """Groups without a row, one after another."""
+
+    @property
+    def n_groups(self) -> int:
+        return -(-self.source.n_windows(self.split) // self.source.mix_windows)
+
+    @property
+    def group(self) -> _Group:
+        """The group that `position` is in."""
+        if self._group is None:
+            self._group = self._load()
+        return self._group
+
+    def advance(self, n: int) -> None:
+        """Count `n` rows as out and move to the next group at the end of this one.
+
+        Raises:
+            DataError: no group has a row.
+        """
+        place, size = self.position, len(self.group.order)
+        self._n_empty = 0 if size else self._n_empty + 1
+        if self._n_empty >= self.n_groups:
+            raise DataError(
+                f"no row of the {self.split} split of {self.source.site.name} is left: see "
+                "site.tokens, dataset.max_bad and store.max_norm_multiple"
+            )
+        self.position = Position(place.epoch, place.group, place.offset + n)
+        if self.position.offset < size:
+            return
+        self._group = None  # Freed before the next one is loaded.
+        last = place.group + 1 >= self.n_groups
+        self.position = (
+            Position(place.epoch + 1) if last else Position(place.epoch, place.group + 1)
+        )
+
+    def _load(self) -> _Group:
+        n, size = self.source.n_windows(self.split), self.source.mix_windows
+        order = torch.arange(n)
+        if not self.source.in_order:
+            order = torch.randperm(n, generator=self._generator(self.position.epoch))
+        chosen = order[self.position.group * size : (self.position.group + 1) * size].tolist()
+        windows = [self.source.window(self.split, i) for i in chosen]
+        return _Group(windows, self._generator(self.position.epoch, self.position.group + 1))
+
+    def _generator(self, *key: int) -> torch.Generator:
+        # The tag keeps these apart from the seeds of the windows' own permutations.
+        state = np.random.SeedSequence([self.seed, *key, _TAG]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def mixed(mix_rows: int, window_rows: int, n_windows: int) -> int:
+    """How many windows of at most `window_rows` rows are mixed when read."""
+    return max(1, min(n_windows, mix_rows // window_rows))

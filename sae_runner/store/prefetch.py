@@ -1,0 +1,56 @@
+"""Batches read ahead in the background, while the device computes."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+from sae_runner.store.activations import Batch
+
+
+class Prefetched:
+    """An iterator read ahead by a thread; `wait_s` is the time its user stood waiting."""
+
+    def __init__(self, source: Iterator[Batch], depth: int) -> None:
+        self.source, self.wait_s = source, 0.0
+        self.queue: queue.Queue[Batch | BaseException] = queue.Queue(max(1, depth))
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._fill, daemon=True, name="prefetch")
+        self.thread.start()
+
+    def _fill(self) -> None:
+        try:
+            for item in self.source:
+                if not self._put(item):
+                    return
+        except BaseException as error:
+            self._put(error)
+        else:
+            self._put(StopIteration())
+
+    def _put(self, item: Batch | BaseException) -> bool:
+        while not self.stopped.is_set():
+            try:
+                self.queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def __iter__(self) -> "Prefetched":
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        item = self.queue.get()
+        self.wait_s += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            self.stopped.set()
+            self.queue.put(item)  # Nothing follows: asking again says the same.
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.stopped.set()
+        self.thread.join(timeout=5)
