@@ -5,6 +5,7 @@ layout is: a convolution map becomes its h·w cells, a pooled vector one token.
 """
 
 import hashlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sae_runner.data.base import Dataset, Example
 from sae_runner.errors import ConfigError, did_you_mean
+from sae_runner.models._taps import Tap as Tap
+from sae_runner.models._taps import attach, left_out
 
 Edit = Callable[[Float[Tensor, "n tokens d"]], Float[Tensor, "n tokens d"]]
 
@@ -128,73 +132,6 @@ class Model(ABC):
         return iter(())
 
 
-@dataclass(frozen=True)
-class Tap:
-    """Where a site is found in a host: a module, which side of it, and its layout."""
-
-    module: str
-    side: Literal["output", "input"] = "output"
-    item: int | None = None
-    """Index into the output when that is a tuple."""
-    layout: Literal["NLD", "LND", "NCHW", "NHWC", "ND", "NLHD"] = "NLD"
-    columns: tuple[int, int] | None = None
-    """Start and stop in the last axis, for one head of several."""
-    in_place: bool = False
-    """Input side only: the tensor is read elsewhere too (by the skip around a norm), so an edit is
-    written into it instead of replacing the argument."""
-
-    def read(self, value: Any) -> Tensor:
-        """The site's [n, tokens, d] in what the module took or gave."""
-        return self._columns(self._canonical(self._pick(value)))
-
-    def write(self, value: Any, x: Tensor) -> Any:
-        """`value` with the site's part replaced by `x` [n, tokens, d]."""
-        old = self._pick(value)
-        if self.columns is not None:
-            whole = self._canonical(old)
-            start, stop = self.columns
-            x = torch.cat([whole[..., :start], x, whole[..., stop:]], dim=-1)
-        match self.layout:
-            case "NLD":
-                new = x
-            case "LND":
-                new = x.transpose(0, 1)
-            case "NCHW":
-                new = x.transpose(1, 2).reshape(len(x), -1, *old.shape[2:])
-            case "NHWC" | "NLHD":
-                new = x.reshape(len(x), *old.shape[1:])
-            case "ND":
-                new = x.squeeze(1)
-        if not isinstance(value, tuple | list):
-            return new
-        return type(value)([*value[: self.item or 0], new, *value[(self.item or 0) + 1 :]])
-
-    def _pick(self, value: Any) -> Tensor:
-        if isinstance(value, tuple | list):
-            value = value[self.item or 0]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{self.module} gives a {type(value).__name__}, not a tensor")
-        return value
-
-    def _canonical(self, x: Tensor) -> Tensor:
-        match self.layout:
-            case "NLD":
-                return x
-            case "LND":
-                return x.transpose(0, 1)
-            case "NCHW":
-                return x.flatten(2).transpose(1, 2)
-            case "NHWC":
-                return x.flatten(1, -2)
-            case "NLHD":
-                return x.flatten(2)
-            case "ND":
-                return x.unsqueeze(1)
-
-    def _columns(self, x: Tensor) -> Tensor:
-        return x if self.columns is None else x[..., self.columns[0] : self.columns[1]]
-
-
 class _Stop(Exception):
     """Raised by the last recording hook: nothing after it is needed."""
 
@@ -215,6 +152,8 @@ class HookedModel(Model):
 
     def __init__(self) -> None:
         self._sites: dict[str, SiteInfo] | None = None
+        # Hooks are the network's: two threads at once would see each other's activations.
+        self._lock = threading.RLock()
 
     @abstractmethod
     def forward(self, inputs: Inputs) -> Tensor:
@@ -279,24 +218,21 @@ class HookedModel(Model):
         self, taps: Mapping[str, Tap], visit: Callable[[str, Tensor], Any], *, edit: bool = False
     ) -> Iterator[None]:
         """Call `visit(name, x)` whenever a tapped module runs; with `edit`, put back its result."""
-        modules, handles = self.modules(), []
+        modules, handles = self.modules(), list[RemovableHandle]()
         for name, tap in taps.items():
             if tap.module not in modules:
                 raise ConfigError(
                     f"site {name!r}: this network has no module {tap.module!r}."
                     f"{did_you_mean(tap.module, modules, limit=8)}"
                 )
-            module = modules[tap.module]
-            if tap.side == "input":
-                hook = _input_hook(name, tap, visit, edit)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(_output_hook(name, tap, visit, edit)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self._lock:
+            try:
+                for name, tap in taps.items():
+                    handles.append(attach(modules[tap.module], name, tap, visit, edit))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def _taps(self, names: Sequence[str]) -> dict[str, Tap]:
         every = self.taps()
@@ -309,6 +245,8 @@ class HookedModel(Model):
     def record(self, inputs: Inputs, sites: Sequence[str]) -> dict[str, Tensor]:
         """See `Model.record`."""
         taps, seen = self._taps(sites), dict[str, Tensor]()
+        if not taps:
+            return {}
 
         def visit(name: str, x: Tensor) -> None:
             seen[name] = x
@@ -357,55 +295,15 @@ class HookedModel(Model):
             state = state.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         tap, modules = self._taps([site])[site], self.modules()
         skipped: Sequence[str] = ()
-        if tap.side == "output" and tap.columns is None and tap.module in self.block_paths:
+        whole = tap.side == "output" and tap.columns is None and tap.item is None
+        if whole and tap.module in self.block_paths:
             skipped = self.block_paths[: list(self.block_paths).index(tap.module)]
-        with _left_out([modules[path] for path in skipped]):
+        with self._lock, left_out([modules[path] for path in skipped]):
             return self.splice(state, {site: lambda _: x})
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `Model.parameters`."""
         return self.network.parameters()
-
-
-def _input_hook(name: str, tap: Tap, visit: Callable[[str, Tensor], Any], edit: bool) -> Any:
-    def hook(_: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
-        if edit and tap.in_place:
-            old = arguments[0] if arguments else next(iter(options.values()))
-            # The edit sees a copy, so that what it keeps for its gradient is not overwritten.
-            old.copy_(tap.write(old, visit(name, tap.read(old.clone()))))
-            return None
-        if arguments:
-            changed = visit(name, tap.read(arguments[0]))
-            return ((tap.write(arguments[0], changed), *arguments[1:]), options) if edit else None
-        key = next(iter(options))  # e.g. hidden_states=…: some libraries pass keywords only.
-        changed = visit(name, tap.read(options[key]))
-        return ((), {**options, key: tap.write(options[key], changed)}) if edit else None
-
-    return hook
-
-
-def _output_hook(name: str, tap: Tap, visit: Callable[[str, Tensor], Any], edit: bool) -> Any:
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        changed = visit(name, tap.read(output))
-        return tap.write(output, changed) if edit else None
-
-    return hook
-
-
-@contextmanager
-def _left_out(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let residual blocks hand on what they were given, inside the block."""
-
-    def hand_on(*arguments: Any, **options: Any) -> Any:
-        return arguments[0] if arguments else next(iter(options.values()))
-
-    for module in modules:
-        module.forward = hand_on
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 def weights_hash(network: nn.Module, *facts: Any) -> str:
