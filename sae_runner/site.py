@@ -4,13 +4,14 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_runner.config import Positive
+from sae_runner.config import Positive, Range
 from sae_runner.errors import ConfigError, did_you_mean
 from sae_runner.models.base import Inputs, SiteInfo
 
@@ -60,7 +61,7 @@ class TokenSelection:
         k: Positive,
         positions: list[int],
         drop_special: bool,
-        drop_positions: list[int],
+        drop_positions: Annotated[list[int], Range(ge=0)],
         seed: int = 0,
     ) -> "TokenSelection":
         """From the `site` group's options."""
@@ -94,8 +95,11 @@ class TokenSelection:
             raise ConfigError(f"{where} has no class token; choose from: {others}")
         if self.tokens == "patches" and info.grid is None:
             raise ConfigError(f"{where} has no patches; choose from: {others}")
-        if info.n_tokens and self.positions and max(map(abs, self.positions)) > info.n_tokens:
-            raise ConfigError(f"{where} has {info.n_tokens} tokens; positions {self.positions}")
+        n = info.n_tokens
+        if n and self.tokens == "positions":
+            for position in self.positions:
+                if not -n <= position < n:
+                    raise ConfigError(f"site.positions={position}: {info.name} has {n} tokens")
         if info.n_tokens and self.tokens == "random_k" and self.k > info.n_tokens:
             raise ConfigError(f"site.k={self.k}: {info.name} has {info.n_tokens} tokens")
 
@@ -135,23 +139,21 @@ class TokenSelection:
                 keep[torch.arange(n), order.argmax(1)] = True
                 return keep & valid
             case "positions":
-                keep = torch.zeros(n, n_tokens, dtype=torch.bool)
-                keep[:, [p for p in self.positions if -n_tokens <= p < n_tokens]] = True
-                attended = inputs.attended
-                return keep if attended is None else keep & attended.cpu()
+                own, place = _own_tokens(info, inputs, n_tokens)
+                counts = own.sum(1, keepdim=True)
+                chosen = [place == (p if p >= 0 else counts + p) for p in self.positions]
+                return own & torch.stack(chosen).any(0)
             case "random_k":
                 return self._random_k(inputs, valid)
 
     def _valid(self, info: SiteInfo, inputs: Inputs, n_tokens: int) -> Tensor:
-        valid = torch.ones(len(inputs), n_tokens, dtype=torch.bool)
+        valid, place = _own_tokens(info, inputs, n_tokens)
         if inputs.attended is None or info.kind != "tokens":
             return valid  # Images: every token counts; the class token is chosen by name.
-        valid &= inputs.attended.cpu()
         if self.drop_special and inputs.special is not None:
-            valid &= ~inputs.special.cpu()
+            valid = valid & ~inputs.special.cpu()
         for position in self.drop_positions:
-            if position < n_tokens:
-                valid[:, position] = False
+            valid = valid & (place != position)
         return valid
 
     def _random_k(self, inputs: Inputs, valid: Tensor) -> Tensor:
@@ -159,8 +161,20 @@ class TokenSelection:
         keep = torch.zeros_like(valid)
         generator = torch.Generator()
         for row, example in enumerate(inputs.ids.tolist()):
-            generator.manual_seed((self.seed << 40) ^ example)
+            state = np.random.SeedSequence([self.seed, example]).generate_state(1, np.uint64)
+            generator.manual_seed(int(state[0] >> np.uint64(1)))
             candidates = valid[row].nonzero().squeeze(1)
             order = torch.randperm(len(candidates), generator=generator)[: self.k]
             keep[row, candidates[order]] = True
         return keep
+
+
+def _own_tokens(info: SiteInfo, inputs: Inputs, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """True at the tokens that are no padding, and the place of each among them, from 0.
+
+    Places, not columns, are what users mean by a position: padding may be on the left.
+    """
+    own = torch.ones(len(inputs), n_tokens, dtype=torch.bool)
+    if inputs.attended is not None and info.kind == "tokens":
+        own = inputs.attended.cpu()
+    return own, own.cumsum(1) - 1
