@@ -9,8 +9,10 @@
 """
 
 import copy
+import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +55,22 @@ def save_checkpoint(
             files.write_tensors(temporary / "state" / "optimizer.safetensors", optimizer or {})
             for path in sorted((temporary / "state").iterdir()):
                 hashes[f"state/{path.name}"] = files.sha256(path)
-        files.write_json(
-            temporary / "cfg.json",
-            {
-                "schema": CHECKPOINT_SCHEMA,
-                "sae": sae.config(),
-                "d_in": sae.d_in,
-                **facts,
-                "sha256": hashes,
-            },
-        )
+        cfg = {"schema": CHECKPOINT_SCHEMA, "sae": sae.config(), "d_in": sae.d_in, **facts}
+        hashes["cfg.json"] = _hash_of(cfg)
+        files.write_json(temporary / "cfg.json", {**cfg, "sha256": hashes})
+
+
+def _hash_of(cfg: dict[str, Any]) -> str:
+    """SHA-256 (hex) of cfg.json without its hashes: a k that is off by one bit is found too."""
+    text = json.dumps({k: v for k, v in cfg.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def step_dirs(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, the earliest first."""
-    return sorted((run_dir / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
+    found = (run_dir / "checkpoints").glob("step_*")
+    named = (p for p in found if re.fullmatch(r"step_\d+", p.name))
+    return sorted(named, key=lambda p: int(p.name[5:]))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -101,15 +104,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
     except FileNotFoundError:
         raise StoreError(f"checkpoint {folder} is incomplete: it has no cfg.json") from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise StoreError(f"checkpoint {folder} is damaged: cfg.json: {error}") from None
-    if facts.get("schema") != CHECKPOINT_SCHEMA:
-        raise StoreError(
-            f"checkpoint {folder}: schema {facts.get('schema')!r}, expected {CHECKPOINT_SCHEMA!r}"
-        )
+    schema = facts.get("schema") if isinstance(facts, dict) else type(facts).__name__
+    if schema != CHECKPOINT_SCHEMA:
+        raise StoreError(f"checkpoint {folder}: schema {schema!r}, expected {CHECKPOINT_SCHEMA!r}")
+    if not isinstance(facts.get("sha256"), dict):
+        raise StoreError(f"checkpoint {folder} is damaged: cfg.json lacks its hashes")
     for name, expected in facts["sha256"].items():
         path = folder / name
-        if not path.is_file() or files.sha256(path) != expected:
+        if not path.is_file():
+            raise StoreError(f"checkpoint {folder} is damaged: {name} is absent")
+        if (_hash_of(facts) if name == "cfg.json" else files.sha256(path)) != expected:
             raise StoreError(f"checkpoint {folder} is damaged: {name} differs from its hash")
     return facts
 

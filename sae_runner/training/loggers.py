@@ -24,6 +24,7 @@ def build_sinks(
         return ()
     try:
         if type == "tensorboard":
+            import tensorboard  # noqa: F401
             from torch.utils.tensorboard import SummaryWriter
         else:
             import wandb
@@ -32,17 +33,22 @@ def build_sinks(
             f"logger={type}: not installed; pip install 'sae-runner[{type}]'"
         ) from None
     if type == "tensorboard":
-        writer = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+        writer: Any = None
 
         def to_tensorboard(row: dict[str, float]) -> None:
+            nonlocal writer
+            at = int(row["n_tokens"])
+            if writer is None:  # Where a resumed run begins, what was drawn beyond is forgotten.
+                writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=at)
             for name, value in row.items():
-                writer.add_scalar(name, value, int(row["n_tokens"]))  # type: ignore[no-untyped-call]
-            writer.flush()  # type: ignore[no-untyped-call]
+                writer.add_scalar(name, value, at)
+            writer.flush()
 
         return (to_tensorboard,)
     # A run resumed by re-typing the command continues the same curve: its id is the run's name.
+    # The next job of a sweep in this process ends the run of the one before.
     run = wandb.init(
         project=project, id=run_dir.name, name=run_dir.name, dir=str(run_dir), config=config,
-        resume="allow", mode=mode,
+        resume="allow", mode=mode, reinit=True,
     )  # fmt: skip
     return (lambda row: run.log(row, step=int(row["step"])),)

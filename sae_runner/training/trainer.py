@@ -3,98 +3,36 @@
 It knows the SAE's interface and a stream of batches, and no architecture by name.
 """
 
+import itertools
 import json
 import logging
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_runner import files, signals
-from sae_runner.checkpoint import save_checkpoint
-from sae_runner.config import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from sae_runner.checkpoint import save_checkpoint, step_dirs
 from sae_runner.errors import ConfigError
 from sae_runner.log import Progress
 from sae_runner.saes.base import SAE, Loss, TrainState
-from sae_runner.store.reader import Activations, Position, Prefetched
+from sae_runner.store.activations import Activations, Position
+from sae_runner.store.prefetch import Prefetched
 from sae_runner.training import schedules
 from sae_runner.training.dead_latents import DeadLatents
+from sae_runner.training.options import TrainOptions as TrainOptions
 
 log = logging.getLogger("sae_runner")
+DIVERGED = 1e4
+"""Squared error over squared norm of x: a reconstruction a hundred times too long is none."""
 LogSink = Callable[[dict[str, float]], None]
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """The `trainer` group; see configs/trainer for what each means."""
-
-    n_tokens: int
-    batch_size: int
-    micro_batch_size: int | None
-    lr: float | Literal["auto"]
-    beta1: float
-    beta2: float
-    eps: float
-    lr_warmup: float
-    lr_decay: float
-    penalty_warmup: float
-    clip_grad_norm: float | None
-    precision: Literal["fp32", "bf16"]
-    dead_window: int
-    log_every: int
-    checkpoints: int
-    keep_state: bool
-
-    @classmethod
-    def from_config(
-        cls,
-        *,
-        n_tokens: Positive,
-        batch_size: Positive,
-        micro_batch_size: Positive | None,
-        lr: PositiveFloat | Literal["auto"],
-        beta1: Fraction,
-        beta2: Fraction,
-        eps: NonNegativeFloat,
-        lr_warmup: Fraction,
-        lr_decay: Fraction,
-        penalty_warmup: Fraction,
-        clip_grad_norm: PositiveFloat | None,
-        precision: Literal["fp32", "bf16"],
-        dead_window: Positive,
-        log_every: Positive,
-        checkpoints: NonNegative,
-        keep_state: bool,
-    ) -> "TrainOptions":
-        """Typed and in range; refuses what makes no step at all."""
-        if batch_size > n_tokens:
-            raise ConfigError(
-                f"trainer.batch_size={batch_size}: more than trainer.n_tokens={n_tokens}"
-            )
-        if micro_batch_size is not None and batch_size % micro_batch_size:
-            raise ConfigError(
-                f"trainer.micro_batch_size={micro_batch_size}: must divide "
-                f"trainer.batch_size={batch_size}"
-            )
-        values = dict(locals())
-        values.pop("cls")
-        return cls(**values)
-
-    @property
-    def n_steps(self) -> int:
-        """Whole batches in the budget of rows."""
-        return self.n_tokens // self.batch_size
-
-    def checkpoint_steps(self) -> set[int]:
-        """Steps after which a checkpoint is kept: evenly spread; the last one comes always."""
-        n = self.checkpoints
-        return {round(self.n_steps * (i + 1) / (n + 1)) for i in range(n)} - {0}
 
 
 class Trainer:
@@ -127,7 +65,8 @@ class Trainer:
         )
         self.dead = DeadLatents(sae.d_sae, options.dead_window, device)
         self.step, self.position = 0, Position()
-        self.mean: Tensor | None = None
+        self.mean = torch.zeros(sae.d_in)
+        self.saved_step, self.saved_at = 0, time.monotonic()
 
     # -- Where to start --------------------------------------------------------------------------
 
@@ -145,6 +84,7 @@ class Trainer:
     ) -> None:
         """Go on exactly where a checkpoint was written."""
         self.step, self.position = state["step"], Position(**state["position"])
+        self.saved_step = self.step
         self.sae.load_tensors(weights)
         self.dead.rows_since_fired.copy_(optimizer.pop("dead.rows_since_fired"))
         for name, parameter in self.sae.named_parameters():
@@ -171,14 +111,13 @@ class Trainer:
 
         Raises:
             Interrupted: a stop was asked for; the state is saved.
-            ConfigError: the loss is no longer finite.
+            ConfigError: training diverged.
         """
         options = self.options
         keep_at = options.checkpoint_steps()
-        batches = Prefetched(
-            self.store.shuffled(options.batch_size, self.data_seed, start=self.position),
-            self.prefetch,
-        )
+        shuffled = self.store.shuffled(options.batch_size, self.data_seed, start=self.position)
+        # No more than will be used: a stream must not keep the model busy once training is over.
+        batches = Prefetched(itertools.islice(shuffled, options.n_steps - self.step), self.prefetch)
         progress = Progress(
             "train",
             options.n_steps * options.batch_size,
@@ -187,6 +126,7 @@ class Trainer:
         )
         self.mean = self.store.stats(1).mean.to(self.device)
         started, waited, first = time.perf_counter(), 0.0, self.step
+        self.saved_at = time.monotonic()
         try:
             with signals.deferred() as stop:
                 while self.step < options.n_steps:
@@ -203,9 +143,10 @@ class Trainer:
                         note = f"loss {row['loss']:.4g} fvu {row['fvu']:.3f} l0 {row['l0']:.1f}"
                         progress.advance(0, note)
                     progress.advance(len(batch.x))
-                    if self.step in keep_at or last or stop:
+                    if self.step in keep_at or last or stop or self.save_is_due():
+                        self.check_sound(batch.x, loss, grad_norm)
                         self.save()
-                    if stop and not last:
+                    if stop:
                         stop.interrupt(
                             f"stopped at step {self.step}; type the same command to go on"
                         )
@@ -265,16 +206,34 @@ class Trainer:
             "lr": lr,
             "grad_norm": float(grad_norm),
         }
-        if not all(torch.isfinite(torch.tensor(list(row.values())))):
-            bad = next(k for k, v in row.items() if v != v or abs(v) == float("inf"))
-            raise ConfigError(
-                f"training diverged at step {self.step}: {bad} is not finite; lower trainer.lr "
-                f"({self.lr:.2g}) or set trainer.clip_grad_norm; the last checkpoint stays"
-            )
+        self.check_sound(x, loss, grad_norm)
         self._append("metrics.jsonl", row)
         for sink in self.sinks:
             sink(row)
         return row
+
+    def check_sound(self, x: Tensor, loss: Loss, grad_norm: Tensor) -> None:
+        """Refuse to log or save a step of a training that went astray.
+
+        Raises:
+            ConfigError: the loss or its gradient is not finite, or the reconstruction is absurd.
+        """
+        x = x.to(self.device)
+        size = x.square().sum().clamp_min(1e-12)
+        found = {
+            "loss": float(loss.total),
+            "grad_norm": float(grad_norm),
+            "squared error / squared norm": float((x - loss.x_hat).square().sum() / size),
+        }
+        found |= {name: float(p.detach().sum()) for name, p in self.sae.named_parameters()}
+        limits = {"squared error / squared norm": DIVERGED}
+        for name, value in found.items():
+            if not abs(value) < limits.get(name, math.inf):
+                raise ConfigError(
+                    f"training diverged at step {self.step}: {name} is {value:.3g}; lower "
+                    f"trainer.lr ({self.lr:.2g}) or trainer.clip_grad_norm "
+                    f"({self.options.clip_grad_norm}); the last checkpoint stays"
+                )
 
     def log_timings(self, seconds: float, wait_fraction: float, n_steps: int) -> None:
         """Append one line to timings.jsonl: what a clock and a memory meter say."""
@@ -293,8 +252,19 @@ class Trainer:
         with (self.run_dir / name).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def save_is_due(self) -> bool:
+        """Whether a kill would now cost more than `save_every` minutes."""
+        minutes = self.options.save_every
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
     def save(self) -> None:
-        """Write a checkpoint; the state of earlier ones is no longer needed and goes."""
+        """Write a checkpoint, then remove those that neither `checkpoints` nor a resume needs.
+
+        While training goes on the one before is kept too, should the newest turn out damaged.
+        """
+        for name in ("metrics.jsonl", "timings.jsonl"):  # On disk before the step they reach to.
+            if (self.run_dir / name).is_file():
+                files.flush(self.run_dir / name)
         last = self.step == self.options.n_steps
         state = {"step": self.step, "position": asdict(self.position)}
         tensors = {"dead.rows_since_fired": self.dead.rows_since_fired}
@@ -311,7 +281,10 @@ class Trainer:
             optimizer=tensors if keep_state else None,
         )
         kept = self.options.checkpoint_steps() | {self.step}
-        for other in (self.run_dir / "checkpoints").glob("step_*"):
+        if not last:
+            kept.add(self.saved_step)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+        for other in step_dirs(self.run_dir):
             if int(other.name[5:]) not in kept:
                 files.remove(other)
         log.debug("saved %s", folder)
