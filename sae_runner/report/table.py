@@ -14,6 +14,10 @@ from sae_runner.report.expected import interval
 MISSING = "—"
 """Not measured, or no key of this config. What could not be computed is `null`."""
 
+KEPT = {"config": 3, "metric": 2}
+SEPARATOR = 2
+"""Width of what stands between two columns of a terminal's table."""
+
 
 class Column(NamedTuple):
     """One column of the table."""
@@ -122,15 +126,23 @@ def _number(cell: str) -> bool:
 
 
 def fitting(columns: Sequence[Column], width: int) -> tuple[list[Column], list[str]]:
-    """The columns that a terminal has room for, and the names of the config keys left out."""
-    kept: list[Column] = list(columns)
-    dropped: list[str] = []
-    room = {id(c): max(map(len, [c.short, *c.cells])) + 3 for c in columns}
-    for column in reversed(columns):
-        if sum(room[id(c)] for c in kept) > width and column.kind == "config":
-            kept.remove(column)
-            dropped.insert(0, column.name)
-    return kept, dropped
+    """The columns that a terminal has room for, and the names of those left out.
+
+    The first config keys and metrics (KEPT) stay longest: they tell the runs apart, and how good
+    they are.
+    """
+    of_kind = {kind: [c for c in columns if c.kind == kind] for kind in KEPT}
+    expendable = [c for kind, n in KEPT.items() for c in reversed(of_kind[kind][n:])]
+    expendable += reversed(of_kind["config"][: KEPT["config"]])
+    kept = list(columns)
+    dropped: list[Column] = []
+    room = {id(c): max(map(len, [c.short, *c.cells])) + SEPARATOR for c in columns}
+    for column in expendable:
+        if sum(room[id(c)] for c in kept) <= width:
+            break
+        kept.remove(column)
+        dropped.append(column)
+    return kept, [column.name for column in columns if column in dropped]
 
 
 def rich_table(columns: Sequence[Column]) -> Any:
@@ -139,7 +151,7 @@ def rich_table(columns: Sequence[Column]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, SEPARATOR - 1, 0, 0))
     styles = {"run": "", "config": "cyan", "metric": ""}
     for column in columns:
         justify: Any = "left" if is_text(column) else "right"

@@ -111,17 +111,28 @@ def test_plain_text_is_aligned_and_whole(comparison: Comparison) -> None:
     assert all("\x1b" not in line for line in lines)
 
 
-def test_a_narrow_terminal_leaves_out_config_keys_and_names_them(comparison: Comparison) -> None:
+@pytest.mark.parametrize(
+    ("width", "left"),
+    [
+        (10_000, ["sae.type", "sae.k", "sae.l1_coefficient", *METRICS]),
+        (80, ["sae.type", "sae.k", "sae.l1_coefficient", *METRICS[:3]]),
+        (60, ["sae.type", "sae.k", *METRICS[:2]]),
+        (9, METRICS[:2]),
+    ],
+)
+def test_a_narrow_terminal_leaves_out_columns_and_names_them(
+    comparison: Comparison, width: int, left: list[str]
+) -> None:
     columns = columns_of(comparison)
-    kept, dropped = fitting(columns, 10_000)
-    assert kept == columns and dropped == []
-    kept, dropped = fitting(columns, 84)
-    assert dropped == ["sae.l1_coefficient"]
-    assert [c.name for c in kept] == ["#", "run", "sae.type", "sae.k", *METRICS]
-    console = Console(width=84, file=io.StringIO(), force_terminal=True, color_system=None)
-    console.print(rich_table(kept))
-    assert max(map(len, console.file.getvalue().splitlines())) <= 84  # type: ignore[attr-defined]
-    assert "[31.30, 31.50]" in console.file.getvalue()  # type: ignore[attr-defined]
+    kept, dropped = fitting(columns, width)
+    assert [column.name for column in kept] == ["#", "run", *left]
+    assert dropped == [c.name for c in columns if c not in kept]
+    if width > 9:
+        console = Console(width=width, file=io.StringIO(), color_system=None)
+        console.print(rich_table(kept))
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert max(map(len, lines)) <= width
+        assert sum("[31.30, 31.50]" in line for line in lines) == 1  # Nothing is wrapped.
 
 
 def test_csv_has_every_digit_and_tells_null_from_nothing(comparison: Comparison) -> None:
