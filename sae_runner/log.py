@@ -70,16 +70,17 @@ class Progress:
         self.quiet_s, self.start = quiet_s, time.perf_counter()
         self.spoke = self.start - 8.0 + quiet_s
         self.terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        self.width = 0
+        self.width, self.note = 0, ""
 
     def advance(self, n: int, note: str = "") -> None:
-        """Count `n` more units; `note` is shown after the rate."""
+        """Count `n` more units; the last `note` is shown after the rate."""
         self.done += n
+        self.note = note or self.note
         now = time.perf_counter()
         if now - self.start < self.quiet_s or now - self.spoke < (0.2 if self.terminal else 10.0):
             return
         self.spoke = now
-        line = self.line(now, note)
+        line = self.line(now)
         if self.terminal:
             # A plain carriage return: it survives next to rich's log lines and costs nothing.
             print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
@@ -87,7 +88,7 @@ class Progress:
         else:
             logging.getLogger("sae_runner").info(line)
 
-    def line(self, now: float, note: str) -> str:
+    def line(self, now: float) -> str:
         """`train 1,024/4,096 rows, 25%, 512 rows/s, 6.0s left, …`."""
         rate = (self.done - self.first) / max(now - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
@@ -95,7 +96,7 @@ class Progress:
         text = f"{self.what} {self.done:,}/{self.total:,} {self.unit}, {share}, {rate:,.0f}/s"
         if left != float("inf"):
             text += f", {duration(max(left, 0))} left"
-        return text + (f", {note}" if note else "")
+        return text + (f", {self.note}" if self.note else "")
 
     def close(self) -> None:
         """End the bar's line."""

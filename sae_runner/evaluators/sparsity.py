@@ -157,7 +157,9 @@ class Sparsity(Evaluator):
             n_resamples=self.n_bootstrap,
             seed=self.context.seed,
         )
-        return Findings({"sparsity": scalars.values}, ci, scalars.notes + notes)
+        used = self.histogram.nonzero().squeeze(1)
+        series = {"l0_histogram": {"l0": used.tolist(), "counts": self.histogram[used].tolist()}}
+        return Findings({"sparsity": scalars.values}, ci, scalars.notes + notes, series)
 
     def _l0(self, scalars: Scalars, n_rows: int) -> None:
         used = torch.arange(self.d_sae + 1)

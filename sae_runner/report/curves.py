@@ -69,7 +69,7 @@ def curves_figure(columns: dict[str, npt.NDArray[np.float64]], title: str) -> An
         colour = COLOURS[1] if name in parts else COLOURS[0]
         can_be_log = name not in ("dead_fraction", "lr")
         draw_curve(panel, columns[axis], columns[name], colour, can_be_log=can_be_log)
-        panel.set_title(TITLES.get(name, f"{name} (part of the loss, unweighted)"))
+        panel.set_title(TITLES.get(name, f"{name} (loss part)"))
         panel.set_ylabel(AXES.get(name, "loss"))
         panel.set_xlabel(label)
         panel.xaxis.set_major_formatter(lambda value, _: plain_count(value))

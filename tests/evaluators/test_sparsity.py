@@ -196,3 +196,32 @@ def test_rows_on_a_gpu(measure):
     run = {"latents": f, "example_id": ids, "position": position, "has_cls": True, "n_prefix": 1}
     here, there = (measure(CFG, x, **run, batch=64, device=device) for device in ("cpu", "cuda"))
     assert there.metrics["sparsity"] == pytest.approx(here.metrics["sparsity"], rel=1e-12)
+
+
+def test_l0_histogram_is_what_the_figure_draws():
+    import numpy as np
+    import torch
+
+    from sae_runner.evaluators.base import EvalContext, Rows
+    from sae_runner.evaluators.sparsity import Sparsity
+    from sae_runner.saes import SAES
+    from sae_runner.saes._latents import Latents
+
+    sae = SAES.build(
+        {
+            "type": "topk", "d_sae": 4, "expansion": None, "k": 2, "target_l0": None,
+            "loss_reduction": "mean", "auxk_coefficient": 0.0, "k_aux": None,
+            "input_scaling": "none", "b_dec_init": "zero",
+        },
+        d_in=2,
+    )  # fmt: skip
+    acts = torch.tensor([[1.0, 0, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 3, 4, 0]])
+    ids = torch.arange(4)
+    evaluator = Sparsity(active_eps=0.0, n_bootstrap=0)
+    evaluator.start(EvalContext(sae, 4, np.arange(4), 0))
+    x = torch.ones(4, 2)
+    evaluator.update(
+        Rows(x, Latents.from_dense(acts), x, ids, torch.zeros(4, dtype=torch.int64), None)
+    )
+    found = evaluator.finish()
+    assert found.series["l0_histogram"] == {"l0": [0, 1, 2], "counts": [1, 1, 2]}
