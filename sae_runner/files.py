@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from sae_runner.errors import InputError
 
@@ -94,11 +94,14 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock that goes with `path`; others wait for it and say so.
 
     The lock is the kernel's, on `.<name>.lock` beside `path`, so it ends with the process that
     holds it, however that ends.
+
+    Raises:
+        InputError: another process holds it, and `wait` is False.
     """
     try:
         import fcntl
@@ -106,21 +109,59 @@ def locked(path: Path) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            log.info("waiting for %s, which process %s is writing", path, holder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield
-        finally:
+    while True:
+        with lock_path(path).open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _holder(file)
+                if not wait:
+                    raise InputError(f"{path} is in use by process {holder}") from None
+                log.info("waiting for %s, which process %s is writing", path, holder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file, lock_path(path)):
+                continue  # Removed while we waited: the lock that counts is a newer file.
             file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+            return
+
+
+def lock_path(path: Path) -> Path:
+    """The file whose lock goes with `path`."""
+    return path.parent / f".{path.name}.lock"
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock that goes with `path`, this one included."""
+    try:
+        import fcntl
+
+        with lock_path(path).open() as file:
+            # Shared, and let go at once: two that only look do not see each other.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "unknown"
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one that `path` names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def existing_parent(path: Path) -> Path:
@@ -165,14 +206,22 @@ def require_writable(folder: Path) -> None:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
+    """Bytes of all files below a folder, or of a file; what goes meanwhile counts nothing."""
+    path, total = Path(path), 0
+    found = [path] if path.is_file() else []
+    for folder, _, names in os.walk(path):
+        found += [Path(folder, name) for name in names]
+    for file in found:
+        with contextlib.suppress(FileNotFoundError):
+            total += file.lstat().st_size
+    return total
 
 
 def size(n_bytes: float) -> str:
-    """`1.4 GB` and the like (powers of 1000, as disks are sold)."""
+    """`1.4 GB`, `674 GB` and the like (powers of 1000, as disks are sold)."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(n_bytes) < 1000 or unit == "TB":
-            return f"{n_bytes:.0f} {unit}" if unit in ("B", "kB") else f"{n_bytes:.1f} {unit}"
+        if abs(n_bytes) < 999.5 or unit == "TB":
+            digits = 0 if unit in ("B", "kB") or abs(n_bytes) >= 99.95 else 1
+            return f"{n_bytes:.{digits}f} {unit}"
         n_bytes /= 1000
     raise AssertionError

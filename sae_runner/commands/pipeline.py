@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from sae_runner.commands import names
 from sae_runner.config import (
     NonNegative,
     Positive,
     PositiveFloat,
     checked_options,
     construct,
-    fingerprint,
     identity,
     plain,
     resolve_device,
@@ -104,10 +104,6 @@ class Loading(NamedTuple):
         return cls(batch_size, workers, max_bad)
 
 
-STORE_GROUPS = ("model", "dataset")
-RUN_GROUPS = ("model", "site", "dataset", "store", "sae", "trainer", "seed", "init_from")
-
-
 @functools.lru_cache(maxsize=32)
 def _dataset(config: str, outputs: str) -> Dataset:
     return build_dataset(json.loads(config), outputs=Path(outputs))
@@ -154,30 +150,23 @@ class Pipeline:
     @cached_property
     def store_identity(self) -> dict[str, Any]:
         """What decides the bytes of a store."""
-        options = self.store_options
-        return {
-            **identity(self.cfg, STORE_GROUPS),
-            "store": {k: getattr(options, k) for k in ("dtype", "seed", "window_rows")},
-        }
+        groups = identity(self.cfg, names.STORE_GROUPS)
+        return names.store_identity(groups, self.store_options._asdict())
 
     @property
     def store_dir(self) -> Path:
         """Where the activations are or would be."""
-        name = f"{self.choices['model']}-{self.choices['dataset']}"
-        return self.outputs / "stores" / f"{name}-{fingerprint(self.store_identity)}"
+        return self.outputs / "stores" / names.store_name(self.choices, self.store_identity)
 
     @cached_property
     def run_identity(self) -> dict[str, Any]:
         """What decides a trained SAE."""
-        return identity(self.cfg, RUN_GROUPS)
+        return identity(self.cfg, names.RUN_GROUPS)
 
     @property
     def run_dir(self) -> Path:
         """Where the run is or would be: named by content, so re-typing a command finds it."""
-        name = self.cfg.get("run_name")
-        if not name:
-            name = f"{self.choices['model']}-{self.choices['sae']}"
-            name += f"-{fingerprint(self.run_identity)}"
+        name = self.cfg.get("run_name") or names.run_name(self.choices, self.run_identity)
         return self.outputs / "train" / name
 
     # -- Inputs and model ------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sae_runner.checkpoint import (
     step_dirs,
 )
 from sae_runner.commands.cache import ensure_store
+from sae_runner.commands.caveats import warnings_about
 from sae_runner.commands.eval import evaluate
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
@@ -96,7 +97,7 @@ def train(run_dir: Path, pipeline: Pipeline) -> None:
         log.info("training is done: %s", folder)
         return
     store = pipeline.open_store()
-    for warning in warnings_about(pipeline, store):
+    for warning in warnings_of(pipeline, store):
         log.warning(warning)
     device = torch.device(resolve_device(pipeline.cfg["device"]))
     trainer = Trainer(
@@ -200,21 +201,10 @@ def origin(pipeline: Pipeline, store: Activations) -> dict[str, Any]:
     }
 
 
-def warnings_about(pipeline: Pipeline, store: Activations) -> list[str]:
-    """What a user would want to know before the run, one line each."""
-    options, found = pipeline.train_options, []
+def warnings_of(pipeline: Pipeline, store: Activations) -> list[str]:
+    """What to say of a run on this store before its first step."""
     n_rows = store.n_rows("train")
-    if options.n_tokens > n_rows:
-        found.append(
-            f"store has fewer rows than trainer.n_tokens: {options.n_tokens / n_rows:.1f} epochs "
-            f"of {n_rows:,} rows, reshuffled"
-        )
-    uses_dead = float(pipeline.cfg["sae"].get("auxk_coefficient") or 0) > 0
-    if uses_dead and options.dead_window >= options.n_tokens:
-        found.append(
-            f"dead horizon {options.dead_window:,} tokens > {options.n_tokens:,} training tokens: "
-            "AuxK will never fire (trainer.dead_window)"
-        )
-    if isinstance(store, ActivationStore) and store.max_norm_multiple:
-        found.append(f"{store.n_dropped('train'):,} training rows dropped as norm outliers")
-    return found
+    if isinstance(store, ActivationStore):
+        n_dropped = store.n_dropped("train") if store.max_norm_multiple else 0
+        return warnings_about(pipeline, n_rows, n_dropped=n_dropped)
+    return warnings_about(pipeline, n_rows, at_most=pipeline.shapes.modality == "text")

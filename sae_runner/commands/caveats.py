@@ -1,0 +1,52 @@
+"""What a user would want to know before a run starts, one line each; for `plan` and `train`."""
+
+from sae_runner import files
+from sae_runner.commands.pipeline import Pipeline
+
+
+def warnings_about(
+    pipeline: Pipeline, n_rows: int, *, at_most: bool = False, n_dropped: int = 0
+) -> list[str]:
+    """What is odd about training on `n_rows` rows.
+
+    Args:
+        pipeline: what is composed.
+        n_rows: training rows that there are, or will be.
+        at_most: whether there may be fewer of them.
+        n_dropped: training rows left out as norm outliers, where that is known.
+    """
+    options, found = pipeline.train_options, []
+    if options.n_tokens > n_rows:
+        least, most = ("at least ", "at most ") if at_most else ("", "")
+        found.append(
+            f"store has fewer rows than trainer.n_tokens: {least}{options.n_tokens / n_rows:.1f} "
+            f"epochs of {most}{n_rows:,} rows, reshuffled"
+        )
+    uses_dead = float(pipeline.cfg["sae"].get("auxk_coefficient") or 0) > 0
+    seen = (options.n_steps - 1) * options.batch_size
+    if uses_dead and options.dead_window > seen:
+        n_tokens, when = options.n_tokens, ""
+        if options.dead_window <= n_tokens:
+            n_tokens, when = seen, " before the last step"
+        found.append(
+            f"dead horizon {options.dead_window:,} tokens > {n_tokens:,} training tokens{when}: "
+            "AuxK will never fire (trainer.dead_window)"
+        )
+    if n_dropped:
+        found.append(f"{n_dropped:,} training rows dropped as norm outliers")
+    if pipeline.cfg["model"].get("weights") == "random":
+        found.append("model.weights=random: numbers will say nothing about a trained model")
+    return found
+
+
+def space_warnings(pipeline: Pipeline, store_bytes: int, run_bytes: int) -> list[str]:
+    """What will not fit on the disk that `outputs` is on."""
+    free = files.free_bytes(pipeline.outputs)
+    if store_bytes > free:
+        return [f"store needs {files.size(store_bytes)}, {files.size(free)} free"]
+    if store_bytes + run_bytes > free:
+        return [
+            f"store and checkpoints need {files.size(store_bytes + run_bytes)}, "
+            f"{files.size(free)} free"
+        ]
+    return []
