@@ -1,0 +1,309 @@
+"""Images from parquet, arrow, image folders, webdataset tars or the Hugging Face hub."""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sae_runner.config import Fraction, NonNegative, Positive
+from sae_runner.data import DATASETS
+from sae_runner.data._sources import Source, fingerprint_of, open_source
+from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable, split_ids
+from sae_runner.errors import ConfigError, DataError, did_you_mean
+
+NO_COLUMN = "none"
+_NAMES = {
+    "image_column": ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values"),
+    "label_column": ("label", "labels", "fine_label", "cls", "class", "target"),
+    "caption_column": ("caption", "captions", "text", "txt", "sentence"),
+}
+
+log = logging.getLogger("sae_runner")
+
+
+@DATASETS.register("images")
+class Images(Dataset):
+    """Images with labels, captions, both or neither; decoded when they are asked for.
+
+    Ids count the examples at `path` first, then those held out elsewhere, if they are. A stream is
+    read in ascending order; its first `n_heldout` examples are held out.
+
+    Args:
+        name: what runs and reports call it.
+        path: a .parquet, .arrow or .tar (webdataset) file, a glob of them, a folder of such files
+            or of images in folders named by class, a `save_to_disk` folder, or a hub name.
+        split: of a folder or hub dataset; a file has none.
+        subset: of a hub dataset ("configuration").
+        revision: of a hub dataset.
+        heldout_path: where the held-out images are, if not at `path`.
+        heldout_split: which split they are, if they are one.
+        heldout: share that is held out where neither of the two is given.
+        image_column: None to guess.
+        label_column: None to guess, `none` for no labels.
+        caption_column: None to guess, `none` for no captions.
+        caption_template: sentence with `{}` for the label's name, where there is no caption column.
+        n_examples: at most so many to train on: a seeded sample; of a stream the first.
+        n_heldout: at most so many held out.
+        streaming: read in order without keeping a copy.
+        seed: decides splits and samples.
+
+    Raises:
+        DataError: nothing at a path, no such split or column, or nothing in it.
+        ConfigError: options that contradict each other.
+    """
+
+    modality = "image"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        path: str,
+        split: str | None,
+        subset: str | None,
+        revision: str | None,
+        heldout_path: str | None,
+        heldout_split: str | None,
+        heldout: Fraction,
+        image_column: str | None,
+        label_column: str | None,
+        caption_column: str | None,
+        caption_template: str | None,
+        n_examples: Positive | None,
+        n_heldout: Positive | None,
+        streaming: bool,
+        seed: NonNegative,
+    ) -> None:
+        self.name, self.path, self.streaming = name, path, streaming
+        self.random_access = not streaming
+        self.heldout, self.seed = heldout, seed
+        self.limits: dict[Split, int | None] = {"train": n_examples, "heldout": n_heldout}
+        hub: dict[str, Any] = {"subset": subset, "revision": revision, "streaming": streaming}
+        self.sources = [open_source(path, split, **hub)]
+        if heldout_path is not None or heldout_split is not None:
+            self._refuse_second_source(path, heldout_path, heldout_split)
+            where = heldout_path or path
+            key = "path" if heldout_path is None else "heldout_path"
+            self.sources.append(open_source(where, heldout_split or split, **hub, key=key))
+        features = features_of(self.sources[0], path)
+        wanted = {
+            "image_column": image_column, "label_column": label_column,
+            "caption_column": caption_column,
+        }  # fmt: skip
+        self.columns = {key: choose(key, given, features) for key, given in wanted.items()}
+        self.template = caption_template
+        self.label_names = self._label_names(features)
+        if self.template is not None and self.label_names is None:
+            raise ConfigError(
+                f"dataset.caption_template={self.template}: there are no label names to put in it"
+            )
+        self._tables = [self._undecoded(source.table) for source in self.sources]
+        self._stream = Stream(self._tables[0], path) if streaming else None
+        self._check_lengths()
+
+    def _refuse_second_source(
+        self, path: str, heldout_path: str | None, heldout_split: str | None
+    ) -> None:
+        if self.streaming:
+            raise ConfigError(
+                "dataset.streaming=true holds out its first dataset.n_heldout examples: set "
+                "dataset.heldout_path and dataset.heldout_split to null"
+            )
+        if heldout_path is None and self.sources[0].identity.get("split", "") is None:
+            raise ConfigError(
+                f"dataset.heldout_split={heldout_split}: a file has no splits ({path}); set "
+                "dataset.heldout_path=FILE, or dataset.heldout_split=null to hold out a share"
+            )
+
+    def _check_lengths(self) -> None:
+        if self.streaming:
+            for key in ("n_examples", "n_heldout"):
+                if self.limits["train" if key == "n_examples" else "heldout"] is None:
+                    raise ConfigError(f"dataset.streaming=true needs dataset.{key}=N")
+            return
+        for key, table in zip(("path", "heldout_path"), self._tables, strict=False):
+            if not len(table):
+                raise DataError(f"dataset.{key}={self.path}: no examples in it")
+
+    def ids(self, split: Split) -> Ids:
+        """See `Dataset.ids`."""
+        limit = self.limits[split]
+        if self.streaming:
+            first = self.limits["heldout"] or 0
+            span = (0, first) if split == "heldout" else (first, first + (limit or 0))
+            return np.arange(*span, dtype=np.int64)
+        n = len(self._tables[0])
+        if len(self._tables) == 1:
+            return split_ids(n, split, heldout=self.heldout, seed=self.seed, limit=limit)
+        start, count = (0, n) if split == "train" else (n, len(self._tables[1]))
+        if limit is None or limit >= count:
+            return np.arange(start, start + count, dtype=np.int64)
+        chosen = np.random.default_rng(self.seed).permutation(count)[:limit]
+        return np.sort(chosen + start).astype(np.int64)
+
+    def load(self, ids: Sequence[int] | Ids) -> list[Example | Unreadable]:
+        """The images of `ids` in RGB."""
+        if self._stream is not None:
+            return [self._example(int(i), row) for i, row in self._stream.rows(ids)]
+        n, found = len(self._tables[0]), dict[int, dict[str, Any]]()
+        numbers = [int(i) for i in ids]
+        for table, start in zip(self._tables, (0, n), strict=False):
+            mine = [i for i in numbers if start <= i < start + len(table)]
+            columns = table[[i - start for i in mine]] if mine else {}
+            for row, i in enumerate(mine):
+                found[i] = {name: values[row] for name, values in columns.items()}
+        return [self._example(i, found[i]) for i in numbers]
+
+    def fingerprint(self) -> str:
+        """See `Dataset.fingerprint`."""
+        identities = [source.identity for source in self.sources]
+        return fingerprint_of([identities, self.columns, self.template])
+
+    def describe(self) -> dict[str, Any]:
+        """See `Dataset.describe`."""
+        return super().describe() | {"path": self.path, **self.columns}
+
+    def _example(self, i: int, row: Mapping[str, Any]) -> Example | Unreadable:
+        try:
+            image = decode(row[self.columns["image_column"] or ""])
+        except Exception as error:  # Whatever a decoder raises, the image cannot be used.
+            return Unreadable(i, f"{type(error).__name__}: {error}")
+        label = self._label(row)
+        caption = row.get(self.columns["caption_column"] or "")
+        if isinstance(caption, list | tuple):
+            caption = caption[0] if caption else None
+        if caption is None and self.template and self.label_names and label is not None:
+            caption = self.template.format(self.label_names[label])
+        return Example(i, image, label, caption)
+
+    def _label(self, row: Mapping[str, Any]) -> int | None:
+        value = row.get(self.columns["label_column"] or "")
+        if isinstance(value, str):
+            return self._index.get(value)
+        return None if value is None or int(value) < 0 else int(value)  # -1: kept secret.
+
+    def _label_names(self, features: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Names from the column's type; a column of strings is its own names, sorted."""
+        column = self.columns["label_column"]
+        self._index: dict[str, int] = {}
+        if column is None:
+            return None
+        if names := getattr(features[column], "names", None):
+            return tuple(names)
+        if getattr(features[column], "dtype", "") == "string" and not self.streaming:
+            names = sorted({v for s in self.sources for v in s.table.unique(column) if v})
+            self._index = {name: i for i, name in enumerate(names)}
+            return tuple(names)
+        return None
+
+    def _undecoded(self, table: Any) -> Any:
+        """The columns that are used, images as bytes: decoding is ours, so that it can fail."""
+        import datasets
+
+        column = self.columns["image_column"] or ""
+        table = table.select_columns([c for c in self.columns.values() if c])
+        if isinstance((table.features or {}).get(column), datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        return table
+
+
+class Stream:
+    """Rows of an iterable table by ascending number; asking for an earlier one starts again."""
+
+    def __init__(self, table: Any, path: str) -> None:
+        self.table, self.path = table, path
+        self.lock = threading.Lock()
+        self.position = 0
+        self.iterator: Iterator[dict[str, Any]] = iter(table)
+
+    def rows(self, ids: Sequence[int] | Ids) -> list[tuple[int, dict[str, Any]]]:
+        """Each id with its row.
+
+        Raises:
+            DataError: the stream is shorter.
+        """
+        with self.lock:
+            return [(int(i), self._row(int(i))) for i in ids]
+
+    def _row(self, i: int) -> dict[str, Any]:
+        if i < self.position:
+            self.iterator, self.position = iter(self.table), 0
+        for row in self.iterator:
+            self.position += 1
+            if self.position == i + 1:
+                return row
+        raise DataError(
+            f"dataset.path={self.path}: the stream ends after {self.position} examples; lower "
+            "dataset.n_examples or dataset.n_heldout"
+        )
+
+
+def features_of(source: Source, path: str) -> Mapping[str, Any]:
+    """Columns and their types; of a stream that does not tell, its first row stands for them."""
+    features = source.table.features
+    if features is None:
+        features = next(iter(source.table), None)
+    if not features:
+        raise DataError(f"dataset.path={path}: no examples in it")
+    found: Mapping[str, Any] = features
+    return found
+
+
+def choose(key: str, given: str | None, features: Mapping[str, Any]) -> str | None:
+    """The column that `dataset.<key>` names, or the likely one when it is None.
+
+    Raises:
+        DataError: no such column, or no image column that one could guess.
+    """
+    if given == NO_COLUMN and key != "image_column":
+        return None
+    if given is not None:
+        if given not in features:
+            raise DataError(
+                f"dataset.{key}={given}: no such column.{did_you_mean(given, features)}"
+            )
+        return given
+    kind = {"image_column": "Image", "label_column": "ClassLabel"}.get(key)
+    typed = [name for name, feature in features.items() if type(feature).__name__ == kind]
+    named = [name for name in _NAMES[key] if name in features]
+    found = next(iter([*typed, *named]), None)
+    if found is None and key == "image_column":
+        hint = did_you_mean("", features)
+        raise DataError(f"dataset.image_column=null: no column looks like images.{hint}")
+    if found is not None:
+        log.info("dataset.%s: took %r", key, found)
+    return found
+
+
+def decode(value: Any) -> Image.Image:
+    """A picture in RGB from bytes, a file's name, a PIL image or an array [h, w, 3] of bytes.
+
+    Raises:
+        OSError: the bytes are no whole image. ValueError: there is no image.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, Image.Image | bytes | str | list | np.ndarray) or not len_of(value):
+        raise ValueError("no image")
+    if isinstance(value, bytes | str):
+        image: Image.Image = Image.open(BytesIO(value) if isinstance(value, bytes) else value)
+    elif isinstance(value, Image.Image):
+        image = value
+    else:
+        image = Image.fromarray(np.asarray(value, dtype=np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if image.mode.startswith("I"):  # PIL would clip 16 bits to 8 instead of scaling them.
+        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
+    if "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")  # Else PIL warns that it drops the palette's alpha.
+    return image.convert("RGB")
+
+
+def len_of(value: Any) -> int:
+    """Bytes, rows or pixels; 0 is nothing to decode."""
+    return value.width * value.height if isinstance(value, Image.Image) else len(value)
