@@ -6,16 +6,20 @@ The folder appears whole or not at all; a second process that wants the same wei
 first and reads what it made.
 """
 
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sae_runner.config import fingerprint
+from sae_runner.data.base import Dataset, Example, Ids
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.files import atomic, locked, sha256, write_json, write_tensors
 from sae_runner.log import duration
@@ -112,3 +116,31 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Non
             found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
             raise ConfigError(f"{where}: {name} has shape {found}, the model needs {wanted}")
     network.load_state_dict(dict(tensors))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of the CPU's global generator from `seed`; its own go on afterwards.
+
+    Constructors of libraries draw their weights from the global generator.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def identity_of(dataset: Dataset) -> dict[str, str]:
+    """Which data, and which of them are for training."""
+    train_ids = dataset.ids("train").tobytes()
+    return {
+        "fingerprint": dataset.fingerprint(),
+        "train_ids": hashlib.sha256(train_ids).hexdigest(),
+    }
+
+
+def chunks_of(dataset: Dataset, ids: Ids, size: int = 512) -> Iterator[list[Example]]:
+    """The readable examples of `ids`, `size` at a time."""
+    for start in range(0, len(ids), size):
+        found = dataset.load(ids[start : start + size])
+        if good := [example for example in found if isinstance(example, Example)]:
+            yield good

@@ -14,7 +14,7 @@ from sae_runner.config import NonNegative, Positive
 from sae_runner.data.base import Example
 from sae_runner.errors import ConfigError, did_you_mean
 from sae_runner.models import MODELS
-from sae_runner.models._artefact import assign, load
+from sae_runner.models._artefact import assign, load, seeded
 from sae_runner.models._timm_sites import find_sites
 from sae_runner.models.base import HookedModel, Inputs, Tap, weights_hash
 
@@ -166,9 +166,7 @@ def build(arch: str, weights: str, image_size: int | None, seed: int, meta: bool
             load(file)  # Says what is wrong with the path better than timm does.
             options["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False}
     wanted = weights == "pretrained" or "pretrained_cfg_overlay" in options
-    # Layers draw their first weights from the global generator: lend it, and give it back.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         try:
             network: nn.Module = timm.create_model(arch, pretrained=wanted, **options)
         except Exception as error:  # What a hub client raises is not for us to list.
