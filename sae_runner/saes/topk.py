@@ -97,7 +97,7 @@ class TopK(SAE):
         return Latents.from_topk(values, indices, self.d_sae)
 
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
-        """`reduced squared error + α L_aux` on scaled activations (eq. 8 ff. of appendix A.2)."""
+        """`reduced squared error + α L_aux` on scaled activations (appendix A.2)."""
         scaled = self.scaled(x)
         pre_acts = self.pre_activations(scaled)
         values, indices = self.choose(pre_acts)

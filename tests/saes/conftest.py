@@ -35,10 +35,11 @@ def planted_rows(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (active * (0.5 + torch.rand(n, 64, generator=generator))) @ directions, directions
 
 
-def train(sae: SAE, x: torch.Tensor, *, n_steps: int, lr: float = 2e-3) -> None:
-    """The order of a training step, without a trainer."""
+def train(sae: SAE, x: torch.Tensor, *, n_steps: int, n_faint: int, lr: float = 2e-3) -> None:
+    """The order of a training step, without a trainer; `n_faint` latents start unable to win."""
     generator = torch.Generator().manual_seed(0)
     sae.initialise(stats_of(x), generator)
+    sae.W_enc_rows.detach()[:n_faint] *= 0.05
     optimiser = torch.optim.Adam(sae.parameters(), lr=lr)
     silent = torch.zeros(sae.d_sae)
     for step in range(n_steps):
@@ -91,9 +92,9 @@ def one_thread() -> Iterator[None]:
 def recovered(one_thread: None) -> Callable[..., float]:
     """Mean over planted directions of the best cosine with a decoder row, after training."""
 
-    def measure(sae: SAE, n_steps: int) -> float:
+    def measure(sae: SAE, n_steps: int, n_faint: int = 0) -> float:
         x, directions = planted_rows(8_192)
-        train(sae, x, n_steps=n_steps)
+        train(sae, x, n_steps=n_steps, n_faint=n_faint)
         decoder = sae.W_dec.detach() / sae.W_dec.detach().norm(dim=1, keepdim=True)
         return (directions @ decoder.T).max(1).values.mean().item()
 

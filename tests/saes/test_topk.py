@@ -246,3 +246,11 @@ def test_k_aux_is_a_power_of_two_near_half_the_width(new):
 
 def test_planted_dictionary_is_recovered(new, recovered):
     assert recovered(new("topk", 32, 96, k=4), n_steps=1_200) > 0.95
+
+
+def test_auxk_revives_latents_that_lose_from_the_start(new, recovered):
+    """Half of the latents start too faint to be chosen: without AuxK they stay so for ever."""
+    without = recovered(new("topk", 32, 64, k=4, auxk_coefficient=0.0), 800, n_faint=32)
+    with_auxk = recovered(new("topk", 32, 64, k=4, k_aux=16), 800, n_faint=32)
+    assert without < 0.85
+    assert with_auxk > 0.9
