@@ -13,6 +13,7 @@ from sae_runner.report.schema import DATASET_FINGERPRINT, MODEL_FINGERPRINT
 
 # Top-level keys that name no part of an experiment: where it ran, where its files lie, what it is
 # called. Differences in them are listed, but make no column.
+MEASURING = ("evaluators", "eval")
 OUTSIDE = ("device", "outputs", "run_name", "run_dir", "logger", "name")
 
 HIGHER_IS_BETTER = re.compile(
@@ -36,6 +37,8 @@ class Differences(NamedTuple):
 
     differing: dict[str, list[Any]]
     """One value per run; these may explain a difference in the metrics."""
+    measuring: dict[str, list[Any]]
+    """Also different: which evaluators ran, and how."""
     runtime: dict[str, list[Any]]
     """Also different, but they change no number."""
     same: dict[str, Any]
@@ -43,14 +46,18 @@ class Differences(NamedTuple):
 
 
 def config_differences(configs: Sequence[Mapping[str, Any]]) -> Differences:
-    """Which of the flat configs' keys differ, in the order in which they first appear."""
-    found = Differences({}, {}, {})
-    for key in dict.fromkeys(itertools.chain.from_iterable(configs)):
+    """Which of the flat configs' keys differ, by group, in the order in which they appear."""
+    found = Differences({}, {}, {}, {})
+    keys = dict.fromkeys(itertools.chain.from_iterable(configs))
+    groups = list(dict.fromkeys(key.split(".")[0] for key in keys))
+    for key in sorted(keys, key=lambda key: groups.index(key.split(".")[0])):
         values = [config.get(key, ABSENT) for config in configs]
         if len({json.dumps(v, sort_keys=True, default=repr) for v in values}) == 1:
             found.same[key] = values[0]
         elif key in RUNTIME_KEYS or key.split(".")[0] in OUTSIDE:
             found.runtime[key] = values
+        elif key.split(".")[0] in MEASURING:
+            found.measuring[key] = values
         else:
             found.differing[key] = values
     return found
@@ -222,6 +229,22 @@ class Comparison:
     def group_of(self, i: int) -> Group:
         """The group of run i."""
         return next(group for group in self.groups if i in group.runs)
+
+    @property
+    def telling(self) -> dict[str, list[Any]]:
+        """The differing keys that say more than the kind of SAE does: the table's columns."""
+        differing = self.differences.differing
+        kinds = [str(kind) for kind in differing.get("sae.type", [])]
+
+        def follows(values: list[Any]) -> bool:
+            pairs = {(kind, repr(value)) for kind, value in zip(kinds, values, strict=True)}
+            return len(pairs) == len(set(kinds))
+
+        return {
+            key: values
+            for key, values in differing.items()
+            if not kinds or key == "sae.type" or not key.startswith("sae.") or not follows(values)
+        }
 
     @property
     def remarks(self) -> list[str]:

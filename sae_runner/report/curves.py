@@ -11,10 +11,10 @@ import numpy.typing as npt
 from sae_runner.report.style import COLOURS, new_figure, plain_count
 
 # Panels with a name of their own, in this order and after the loss parts. What metrics.jsonl has
-# besides these, `step`, `n_tokens` and `loss` is a part of the loss.
+# besides these, `step`, `n_tokens` and `loss` belongs to the loss.
 AXES = {
     "l0": "active latents per row",
-    "fvu": "share of variance unexplained",
+    "fvu": "share unexplained",
     "dead_fraction": "share of latents",
     "lr": "learning rate",
     "grad_norm": "L2 norm",
@@ -74,6 +74,7 @@ def curves_figure(columns: dict[str, npt.NDArray[np.float64]], title: str) -> An
         panel.set_xlabel(label)
         panel.xaxis.set_major_formatter(lambda value, _: plain_count(value))
         panel.xaxis.set_major_locator(_locator(5))
+        panel.set_xlim(left=0)
         if name == "dead_fraction":
             panel.set_ylim(0, max(1.05 * float(np.nanmax(columns[name])), 0.01))
     for panel in list(grid.flat)[len(names) :]:
@@ -105,7 +106,7 @@ def draw_curve(
         panel.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
     else:
         y_all = y
-    panel.plot(x, y, color=colour, marker="o" if len(x) == 1 else None, markersize=4)
+    panel.plot(x, y, color=colour, marker="o" if len(x) <= 40 else None, markersize=3)
     # A quantity that falls by more than a factor of 20 is unreadable on a linear axis.
     if can_be_log and y_all.min() > 0 and y_all.max() / y_all.min() > 20:
         panel.set_yscale("log")

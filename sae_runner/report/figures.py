@@ -130,7 +130,8 @@ def density_figure(histogram: Mapping[str, Any], envelope: Mapping[str, Any], ti
     dead, total = int(histogram.get("n_dead", 0)), int(counts.sum() + histogram.get("n_dead", 0))
     share = f" ({100 * dead / total:.3g}%)" if total else ""
     never = f"{dead:,} of {total:,} latents{share} never fired"
-    if bound := metrics.get("dead_upper_bound"):
+    bound = metrics.get("dead_upper_bound")
+    if dead and bound:
         never += f":\ntheir frequency is below {bound:.2g} (95%)"
     panel.set_title(f"Firing frequency of the {total - dead:,} latents that fired")
     panel.text(0.02, 0.97, never, transform=panel.transAxes, va="top", fontsize=8, color=DARK)
@@ -193,7 +194,10 @@ def error_figure(
 ) -> Any:
     """Reconstruction error of rows: by token position, and its distribution; one may be absent."""
     n_panels = bool(by_position) + bool(histogram)
-    n_rows = sum(by_position.get("n", [])) if by_position else 0
+    counted = histogram or {}
+    n_rows = sum(counted.get("counts", [])) + sum(
+        counted.get(f"n_{name}", 0) for name in ("below", "above", "skipped")
+    )
     width = 6.4 if n_panels < 2 else 10
     figure = new_figure(width, 3.6, title, measured_on(envelope, n_rows))
     axes = iter(np.atleast_1d(figure.subplots(1, n_panels)))

@@ -167,9 +167,13 @@ def config_section(comparison: Comparison) -> str:
     text = (
         plain_table(heads, rows(found.differing)) if found.differing else "<p>No key differs.</p>"
     )
-    if found.runtime:
-        text += "<h3>Different, but without effect on results</h3>"
-        text += plain_table(heads, rows(found.runtime))
+    others = {
+        "Measured differently": found.measuring,
+        "Different, but without effect on results": found.runtime,
+    }
+    for title, keys in others.items():
+        if keys:
+            text += f"<h3>{title}</h3>{plain_table(heads, rows(keys))}"
     return text + f"<details><summary>Same in all</summary>{definitions(found.same)}</details>"
 
 

@@ -15,6 +15,7 @@ MISSING = "—"
 """Not measured, or no key of this config. What could not be computed is `null`."""
 
 KEPT = {"config": 3, "metric": 2}
+MAX_CELL = 24
 SEPARATOR = 2
 """Width of what stands between two columns of a terminal's table."""
 
@@ -33,7 +34,7 @@ class Column(NamedTuple):
 
 def columns_of(comparison: Comparison) -> list[Column]:
     """Number, run, group if there are several, differing config keys, then the metrics."""
-    runs, keys = comparison.runs, list(comparison.differences.differing)
+    runs, keys = comparison.runs, list(comparison.telling)
     columns = [
         Column("#", "#", [str(i + 1) for i in range(len(runs))], "run"),
         Column("run", "run", [run.name for run in runs], "run"),
@@ -42,7 +43,7 @@ def columns_of(comparison: Comparison) -> list[Column]:
         letters = [comparison.group_of(i).letter for i in range(len(runs))]
         columns.append(Column("group", "group", letters, "run"))
     short = short_names([*keys, *comparison.metrics])
-    for key, values in comparison.differences.differing.items():
+    for key, values in comparison.telling.items():
         columns.append(Column(key, short[key], [show_value(v) for v in values], "config"))
     for name in comparison.metrics:
         cells = [
@@ -128,9 +129,11 @@ def _number(cell: str) -> bool:
 def fitting(columns: Sequence[Column], width: int) -> tuple[list[Column], list[str]]:
     """The columns that a terminal has room for, and the names of those left out.
 
-    The first config keys and metrics (KEPT) stay longest: they tell the runs apart, and how good
-    they are.
+    Of a long config value the end is shown, where paths differ. The first config keys and metrics
+    (KEPT) stay longest: they tell the runs apart, and how good they are.
     """
+    columns = [c._replace(cells=[*map(shortened, c.cells)]) if c.kind == "config" else c
+               for c in columns]  # fmt: skip
     of_kind = {kind: [c for c in columns if c.kind == kind] for kind in KEPT}
     expendable = [c for kind, n in KEPT.items() for c in reversed(of_kind[kind][n:])]
     expendable += reversed(of_kind["config"][: KEPT["config"]])
@@ -145,13 +148,20 @@ def fitting(columns: Sequence[Column], width: int) -> tuple[list[Column], list[s
     return kept, [column.name for column in columns if column in dropped]
 
 
+def shortened(cell: str) -> str:
+    """The last MAX_CELL characters of a longer cell."""
+    return cell if len(cell) <= MAX_CELL else f"…{cell[1 - MAX_CELL :]}"
+
+
 def rich_table(columns: Sequence[Column]) -> Any:
     """The same for a terminal, with colours."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, SEPARATOR - 1, 0, 0))
+    table = Table(
+        box=box.SIMPLE_HEAD, header_style="bold", padding=(0, SEPARATOR - 1, 0, 0), show_edge=False
+    )
     styles = {"run": "", "config": "cyan", "metric": ""}
     for column in columns:
         justify: Any = "left" if is_text(column) else "right"
@@ -216,9 +226,17 @@ def markdown(comparison: Comparison, left_out: Sequence[str], figure: str | None
         text += ["## Published against measured", markdown_table(EXPECTED_HEADS, judged)]
     if figure:
         text += ["## Trade-off", f"![{comparison.y} against {comparison.x}]({figure})"]
-    if comparison.differences.runtime:
-        listed = ", ".join(f"`{key}`" for key in comparison.differences.runtime)
-        text += ["## Different, but without effect on results", listed]
+    shown = comparison.telling
+    others = {
+        "Differs with the kind of SAE": [
+            k for k in comparison.differences.differing if k not in shown
+        ],
+        "Measured differently": list(comparison.differences.measuring),
+        "Different, but without effect on results": list(comparison.differences.runtime),
+    }
+    for title, keys in others.items():
+        if keys:
+            text += [f"## {title}", ", ".join(f"`{key}`" for key in keys)]
     same = [[key, show_value(value)] for key, value in comparison.differences.same.items()]
     text += ["## Same in all runs", markdown_table(["key", "value"], same)]
     return "\n\n".join(text) + "\n"

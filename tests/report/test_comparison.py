@@ -87,6 +87,27 @@ def test_config_differences_are_told_apart_by_what_they_change() -> None:
     assert found.same == {"seed": 0}
 
 
+def test_how_runs_were_measured_is_no_part_of_what_was_trained() -> None:
+    first = {"evaluators.recovery.type": "recovery", "eval.n_rows": 100, "trainer.lr": 1}
+    found = config_differences([first, {"eval.n_rows": 200, "trainer.lr": 2}])
+    assert list(found.measuring) == ["evaluators.recovery.type", "eval.n_rows"]
+    assert list(found.differing) == ["trainer.lr"]
+
+
+def test_keys_that_follow_from_the_kind_of_sae_make_no_column(make_run: MakeRun) -> None:
+    relu = {"sae.type": "relu", "sae.k": None, "sae.l1": 0.1, "sae.norm": "a"}
+    runs = load(
+        make_run("a", config={"sae.k": 8, "trainer.lr": 1.0}),
+        make_run("b", config={"sae.k": 16, "trainer.lr": 1.0}),
+        make_run("c", config=relu), make_run("d", config=relu | {"sae.l1": 0.2}),
+    )  # fmt: skip
+    comparison = compare(runs, [], X, Y)
+    assert list(comparison.telling) == ["sae.type", "sae.k", "sae.l1", "trainer.lr"]
+    assert "sae.norm" in comparison.differences.differing
+    same_kind = compare(runs[:2], [], X, Y)
+    assert list(same_kind.telling) == ["sae.k"]
+
+
 def test_an_absent_key_differs_from_null_and_a_list_is_a_value() -> None:
     found = config_differences([{"a": None, "b": [1, 2]}, {"b": [1, 2]}])
     assert list(found.differing) == ["a"]

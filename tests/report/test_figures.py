@@ -123,8 +123,8 @@ def test_every_curve_has_a_panel_and_an_empty_one_has_none(make_run: MakeRun) ->
     with house_style():
         figure = curves_figure(columns, "title")
     assert panel_titles(figure) == [
-        "Loss (total, as minimised)", "auxk (part of the loss, unweighted)",
-        "mse (part of the loss, unweighted)", "L0", "FVU of the training batch", "Dead latents",
+        "Loss (total, as minimised)", "auxk (loss part)",
+        "mse (loss part)", "L0", "FVU of the training batch", "Dead latents",
         "Learning rate", "Gradient norm before clipping",
     ]  # fmt: skip
     assert all(panel.get_xlabel() for panel in figure.axes if panel.get_title(loc="left"))
@@ -206,6 +206,15 @@ def test_density_bars_leave_out_the_dead() -> None:
     assert "3 of 10 latents (30%) never fired" in figure.axes[0].texts[0].get_text()
     low, high = figure.axes[0].get_xlim()
     assert low <= edges[50] and edges[51] <= high
+
+
+def test_no_dead_latents_need_no_bound() -> None:
+    histogram = {"edges": [-2, -1, 0], "counts": [3, 4], "n_dead": 0}
+    envelope = {"metrics": {"density": {"dead_upper_bound": 0.01, "n_tokens": 300}}}
+    figure = density_figure(histogram, envelope, "t")
+    assert figure.axes[0].texts[0].get_text() == "0 of 7 latents (0%) never fired"
+    figure = density_figure(histogram | {"n_dead": 1}, envelope, "t")
+    assert "their frequency is below 0.01 (95%)" in figure.axes[0].texts[0].get_text()
 
 
 def test_all_dead_is_drawn_too() -> None:

@@ -37,6 +37,8 @@ def comparison(make_run: MakeRun) -> Comparison:
         make_run("b", config={"expected": expected}),
         make_run("c", metrics={X: 64, "reconstruction.cosine": None}, notes=[null],
                  config={"sae.type": "relu", "sae.l1_coefficient": 0.1}),
+        make_run("d", metrics={X: 70, "reconstruction.cosine": 0.9}, ci={},
+                 config={"sae.type": "relu", "sae.l1_coefficient": 0.2}),
     ]  # fmt: skip
     return compare(load_runs(folders)[0], METRICS, X, Y)
 
@@ -74,11 +76,11 @@ def test_one_row_per_run_with_differing_keys_then_metrics(comparison: Comparison
         "#", "run", "sae.type", "sae.k", "sae.l1_coefficient", *METRICS,
     ]  # fmt: skip
     cells = {column.name: column.cells for column in columns}
-    assert cells["run"] == ["c", "a", "b"]
-    assert cells["sae.k"] == ["32", "16", "32"]
-    assert cells["sae.l1_coefficient"] == ["0.1", "—", "—"]
-    assert cells[X] == ["64.00 [31.30, 31.50]", "16", "31.40 ±0.10"]
-    assert cells["reconstruction.cosine"] == ["null", "0.951", "0.951"]
+    assert cells["run"] == ["c", "d", "a", "b"]
+    assert cells["sae.k"] == ["32", "32", "16", "32"]
+    assert cells["sae.l1_coefficient"] == ["0.1", "0.2", "—", "—"]
+    assert cells[X] == ["64.00 [31.30, 31.50]", "70", "16", "31.40 ±0.10"]
+    assert cells["reconstruction.cosine"] == ["null", "0.9", "0.951", "0.951"]
 
 
 def test_what_was_not_measured_is_no_null(make_run: MakeRun) -> None:
@@ -102,12 +104,12 @@ def test_short_names_stay_unambiguous() -> None:
 
 def test_plain_text_is_aligned_and_whole(comparison: Comparison) -> None:
     lines = plain_text(columns_of(comparison)).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[0].split() == [
         "#", "run", "type", "k", "l1_coefficient", "l0", "fvu", "cosine", "dead_frac",
     ]  # fmt: skip
     end = lines[0].index("l0") + 2
-    assert [line[end - 4 : end] for line in lines[1:]] == [".50]", "  16", "0.10"]
+    assert [line[end - 4 : end] for line in lines[1:]] == [".50]", "  70", "  16", "0.10"]
     assert all("\x1b" not in line for line in lines)
 
 
@@ -126,7 +128,7 @@ def test_a_narrow_terminal_leaves_out_columns_and_names_them(
     columns = columns_of(comparison)
     kept, dropped = fitting(columns, width)
     assert [column.name for column in kept] == ["#", "run", *left]
-    assert dropped == [c.name for c in columns if c not in kept]
+    assert dropped == [c.name for c in columns if c.name not in {k.name for k in kept}]
     if width > 9:
         console = Console(width=width, file=io.StringIO(), color_system=None)
         console.print(rich_table(kept))
@@ -137,7 +139,7 @@ def test_a_narrow_terminal_leaves_out_columns_and_names_them(
 
 def test_csv_has_every_digit_and_tells_null_from_nothing(comparison: Comparison) -> None:
     rows = list(csv.DictReader(io.StringIO(csv_text(comparison))))
-    assert [row["run"] for row in rows] == ["c", "a", "b"]
+    assert [row["run"] for row in rows] == ["c", "d", "a", "b"]
     by_name = {row["run"]: row for row in rows}
     assert by_name["c"]["reconstruction.cosine"] == "null"
     assert by_name["a"]["sparsity.l0.lo"] == ""
@@ -166,10 +168,10 @@ def test_markdown_report_has_its_parts(comparison: Comparison) -> None:
     assert "| # | run | sae.type | sae.k | sae.l1\\_coefficient | sparsity.l0 |" in text
     assert "- left out, damaged: x/report.json is no JSON" in text
     assert "![reconstruction.fvu against sparsity.l0](figures/p.png)" in text
-    assert "| 3 | reconstruction.fvu | reproduced | 0.1234 ±0.0040 | 0.13 | \\[0.1, 0.15] |" in text
+    assert "| 4 | reconstruction.fvu | reproduced | 0.1234 ±0.0040 | 0.13 | \\[0.1, 0.15] |" in text
     assert "| trainer.lr | 0.0004 |" in text
     assert "\n| sae.k |" not in text  # It differs, so it is not among the same.
 
 
 def test_expected_rows_name_their_run(comparison: Comparison) -> None:
-    assert [row[:3] for row in expected_rows(comparison)] == [["3", Y, "reproduced"]]
+    assert [row[:3] for row in expected_rows(comparison)] == [["4", Y, "reproduced"]]
