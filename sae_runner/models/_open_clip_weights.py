@@ -114,32 +114,41 @@ def build_network(
     return network
 
 
-def load_weights(network: nn.Module, arch: str, weights: str) -> None:
-    """Read a pretrained tag's or a local file's weights into the network.
+def find_weights(arch: str, weights: str) -> str:
+    """The local file of a pretrained tag, downloaded if need be, or the file itself.
 
     Raises:
-        ConfigError: they cannot be downloaded or do not fit.
+        ConfigError: it cannot be downloaded.
+    """
+    from open_clip import pretrained
+
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return str(path)
+    try:
+        with quiet():
+            return str(pretrained.download_pretrained(pretrained.get_pretrained_cfg(arch, weights)))
+    except Exception as error:  # What a hub client raises is not for us to list.
+        raise ConfigError(
+            f"model.weights={weights}: not here and cannot be downloaded ({first_line(error)}); "
+            f"give a local file (model.weights=FILE model.tag={weights}) or model.weights=random"
+        ) from None
+
+
+def load_weights(network: nn.Module, arch: str, path: str) -> None:
+    """Read the weights in a file into the network.
+
+    Raises:
+        ConfigError: they do not fit.
     """
     from open_clip.factory import load_checkpoint
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
-    path = str(Path(weights).expanduser())
-    if not Path(path).is_file():
-        try:
-            with quiet():
-                path = download_pretrained(get_pretrained_cfg(arch, weights))
-        except Exception as error:  # What a hub client raises is not for us to list.
-            raise ConfigError(
-                f"model.weights={weights}: not here and cannot be downloaded "
-                f"({first_line(error)}); give a local file (model.weights=FILE "
-                f"model.tag={weights}) or model.weights=random"
-            ) from None
     try:
         with quiet():
             load_checkpoint(network, path, strict=True, weights_only=True)
     except Exception as error:  # Formats are open_clip's business; each fails in its own way.
         raise ConfigError(
-            f"model.weights={weights}: not weights of {arch} ({first_line(error)}); files are read "
+            f"model.weights={path}: not weights of {arch} ({first_line(error)}); files are read "
             "as safetensors or as a plain state dict"
         ) from None
 

@@ -17,6 +17,7 @@ from sae_runner.models._open_clip_sites import find_sites
 from sae_runner.models._open_clip_weights import (
     Precision,
     build_network,
+    find_weights,
     first_line,
     load_weights,
     trained_with,
@@ -62,7 +63,7 @@ class OpenCLIP(HookedModel):
         arch: str,
         weights: str,
         tag: str | None,
-        quick_gelu: Literal["auto"] | bool,
+        quick_gelu: bool | Literal["auto"],
         precision: Precision,
         seed: NonNegative,
     ) -> None:
@@ -75,14 +76,15 @@ class OpenCLIP(HookedModel):
             )
         self.quick_gelu = bool(facts["quick_gelu"] if quick_gelu == "auto" else quick_gelu)
         self.arch, self.weights, self.precision = arch, weights, precision
+        # Before the network is built: what is absent should be said at once.
+        path = None if meta or weights == "random" else find_weights(arch, weights)
         network = build_network(
             arch, self.quick_gelu, facts["preprocess"], precision, "meta" if meta else "cpu", seed
         )
-        if meta or weights == "random":
-            if not meta:
-                log.warning("model.weights=random: %s is untrained (seed %d)", arch, seed)
-        else:
-            load_weights(network, arch, weights)
+        if path is not None:
+            load_weights(network, arch, path)
+        elif not meta:
+            log.warning("model.weights=random: %s is untrained (seed %d)", arch, seed)
         self.adopt(network, "meta" if meta else device, precision)
 
     def adopt(self, network: nn.Module, device: str | torch.device, precision: Precision) -> None:
