@@ -178,6 +178,16 @@ def test_another_measurement_of_comparable_runs_is_said(make_run: MakeRun) -> No
     ]
 
 
+def test_how_rows_were_batched_is_not_worth_a_remark(make_run: MakeRun) -> None:
+    runs = load(make_run("a"), make_run("b"))
+    options = runs[0].evaluators["density"]["config"]["eval"]
+    options["batch_size"] = 7
+    assert compare(runs, [], X, Y).remarks == []
+    options["n_rows"] = 7
+    (remark,) = compare(runs, [], X, Y).remarks
+    assert remark == "density measured differently: config.eval.n_rows is 7 (#1), 8192 (#2)"
+
+
 def test_runs_are_ordered_by_group_kind_and_x(make_run: MakeRun) -> None:
     runs = load(
         make_run("a", metrics={X: 64.0}), make_run("b", metrics={X: 8.0}),

@@ -183,8 +183,12 @@ def test_l0_bars_count_every_row_in_any_order_of_the_series() -> None:
     assert heights.sum() == pytest.approx(1)
     sample = np.repeat(values, counts)
     assert heights == pytest.approx(np.histogram(sample, edges)[0] / 5000)
-    label = figure.axes[0].get_legend().get_texts()[0].get_text()
-    assert label == f"mean {sample.mean():.4g}"
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    quantiles = np.percentile(sample, [5, 95, 50], method="inverted_cdf")
+    assert labels == [
+        f"mean {sample.mean():.4g}", f"5th percentile {quantiles[0]:g}",
+        f"95th percentile {quantiles[1]:g}", f"median {quantiles[2]:g}", f"largest {sample.max()}",
+    ]  # fmt: skip
 
 
 def test_one_row_with_thousands_of_latents_stays_visible() -> None:
