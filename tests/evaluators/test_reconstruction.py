@@ -107,6 +107,9 @@ def test_shrinkage(measure):
     found = measure(CFG, x.astype("f8"), 0.9 * x.astype("f8")).metrics["reconstruction"]
     for name, value in (("cosine", 1), ("l2_ratio", 0.9), ("relative_reconstruction_bias", 0.9)):
         assert found[name] == pytest.approx(value, rel=1e-12)
+    against = measure(CFG, x, -x).metrics["reconstruction"]
+    assert against["cosine"] == pytest.approx(-1)
+    assert against["relative_reconstruction_bias"] is None
 
 
 def test_a_large_mean_takes_no_digits(measure):
@@ -234,14 +237,15 @@ def test_error_histogram_counts_every_row_once(measure):
     x, x_hat = random_rows(400)
     x_hat[5] = x[5]
     x_hat[6] = x[6] + 1e4
+    x_hat[7] = x[7] * (1 + 1e-6)
     found = measure(CFG, x, x_hat, batch=7)
     histogram = found.series["error_histogram"]
-    assert histogram["n_below"] == 1
+    assert histogram["n_below"] == 2
     assert histogram["n_above"] == 1
-    assert sum(histogram["counts"]) == 398
+    assert sum(histogram["counts"]) == 397
     x, x_hat = x.astype(np.float64), x_hat.astype(np.float64)
     relative = ((x - x_hat) ** 2).sum(1) / ((x - x.mean(0)) ** 2).sum(1)
-    inside = np.delete(relative, [5, 6])
+    inside = np.delete(relative, [5, 6, 7])
     edges = np.asarray(histogram["edges"])
     assert (edges[0], edges[-1]) == (-6, 3)
     wanted = [((inside >= 10**a) & (inside < 10**b)).sum() for a, b in pairwise(edges)]

@@ -96,10 +96,10 @@ def test_parts_of_images(measure, batch):
     ids, position, f = images(11, 6, 30)
     order = np.random.default_rng(7).permutation(len(ids))
     found = measure(
-        CFG, np.ones((len(ids), 2)), latents=f, example_id=ids, position=position, order=order,
-        batch=batch, has_cls=True, n_prefix=2,
+        {**CFG, "active_eps": 0.5}, np.ones((len(ids), 2)), latents=f, example_id=ids,
+        position=position, order=order, batch=batch, has_cls=True, n_prefix=2,
     ).metrics["sparsity"]  # fmt: skip
-    active = f > 0
+    active = f > 0.5
     assert found["l0_cls"] == pytest.approx(active[position == 0].sum(1).mean())
     assert found["l0_patch"] == pytest.approx(active[position >= 2].sum(1).mean())
     distinct = active.reshape(11, 6, 30).any(1).sum(1)
