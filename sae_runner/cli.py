@@ -65,12 +65,15 @@ def dispatch() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; this function prints.
     outcome.failures, outcome.words = [], take_words(command)
     add_width_override()
+    put_flags_first()
     try:
         preflight(command)
         hydra_app(command)()
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else 130
         stop(f"sae-run {command}: {error or 'interrupted: type the same command to go on'}", code)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         fail(command, error)
     if outcome.failures:
@@ -122,6 +125,12 @@ def add_width_override() -> None:
     given = {m[1] for word in sys.argv if (m := re.match(r"\+*sae\.(d_sae|expansion)=", word))}
     if given == {"d_sae"}:
         sys.argv.append("sae.expansion=null")
+
+
+def put_flags_first() -> None:
+    """Let `-m` stand anywhere: Hydra's parser takes overrides in one piece only."""
+    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+    sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
 
 
 def hydra_app(command: str) -> Callable[[], Any]:
@@ -181,13 +190,13 @@ def job_of(cfg: "DictConfig") -> "Job":
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from sae_runner.commands.job import Job
+    from sae_runner.commands.job import Job, chosen
 
     hydra = HydraConfig.get()
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     if outcome.words:
         values["runs"] = list(outcome.words)
-    return Job(values, dict(hydra.runtime.choices), list(hydra.overrides.task))
+    return Job(values, chosen(hydra.runtime.choices), list(hydra.overrides.task))
 
 
 def complete() -> None:

@@ -212,7 +212,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if origin is typing.Literal:
         if value not in arguments:
             raise ConfigError(
-                f"{key}={value}: not one of its values.{did_you_mean(value, arguments)}"
+                f"{key}={value}: not one of its values.{did_you_mean(str(value), arguments)}"
             )
         return value
     if hint is Any:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sae_runner.commands.job import Job
+from sae_runner.commands.job import Job, chosen
 
 
 def composed_jobs(command: str, words: Sequence[str]) -> list[Job]:
@@ -57,7 +57,7 @@ def _absolute(path: str) -> str:
 def _job(cfg: Any) -> Job:
     from omegaconf import OmegaConf, open_dict
 
-    choices = dict(cfg.hydra.runtime.choices)
+    choices = chosen(cfg.hydra.runtime.choices)
     overrides = list(cfg.hydra.overrides.task)
     with open_dict(cfg):
         del cfg["hydra"]

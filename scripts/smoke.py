@@ -15,8 +15,8 @@ from pathlib import Path
 from sae_runner.config import options_of
 
 TINY = ["trainer.n_tokens=4096", "trainer.batch_size=256", "trainer.log_every=4",
-        "eval.n_rows=512", "evaluators.sparsity.n_bootstrap=20",
-        "evaluators.reconstruction.n_bootstrap=20"]  # fmt: skip
+        "eval.n_rows=512", "evaluators.sparsity.n_bootstrap=50",
+        "evaluators.reconstruction.n_bootstrap=50"]  # fmt: skip
 DIGITS = ["dataset=digits", "dataset.n_examples=32", "dataset.n_heldout=8", "sae.expansion=2",
           "sae.k=8", "model.batch_size=4"]  # fmt: skip
 COMPOSITIONS: dict[str, list[str]] = {

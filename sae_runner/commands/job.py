@@ -1,5 +1,6 @@
 """One composed command, as the sub-commands get it."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -12,3 +13,8 @@ class Job(NamedTuple):
     """Which option of each group was taken."""
     overrides: list[str]
     """What was typed."""
+
+
+def chosen(choices: Mapping[str, Any]) -> dict[str, str]:
+    """Our own groups of Hydra's choices, those left empty aside."""
+    return {k: str(v) for k, v in choices.items() if v is not None and not k.startswith("hydra/")}

@@ -163,14 +163,20 @@ def check_start(source: str, pipeline: Pipeline) -> Path:
     return folder
 
 
+@torch.no_grad()
 def take_weights(sae: SAE, folder: Path) -> None:
-    """Start from a trained SAE: its weights take raw activations, so the scale goes back in."""
+    """Start from a trained SAE: its parameters, unfolded to this run's input scale.
+
+    Buffers (scale, loss normaliser) stay those of this run's own activations.
+    """
     from safetensors.torch import load_file
 
-    scale = float(sae.input_scale)
     source = build_sae(read_facts(folder))
     source.load_tensors(load_file(folder / "sae.safetensors"))
-    sae.load_tensors(source.unfold(scale).tensors())
+    source.unfold(float(sae.input_scale))
+    trained = dict(source.named_parameters())
+    for name, parameter in sae.named_parameters():
+        parameter.copy_(trained[name])
 
 
 @contextlib.contextmanager

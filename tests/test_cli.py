@@ -1,0 +1,307 @@
+"""The command line: help without torch, completion, sweeps, and every bad input's one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+QUICK = ["model=toy", "dataset.n_examples=3000", "sae.expansion=2", "sae.k=8",
+         "trainer.n_tokens=4096", "trainer.batch_size=512", "evaluators.sparsity.n_bootstrap=50",
+         "evaluators.reconstruction.n_bootstrap=50"]  # fmt: skip
+
+
+def one_line(err: str) -> str:
+    """The last line on standard error, which must be the only one that is no log line."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert lines, "nothing was said"
+    assert "Traceback" not in err
+    return lines[-1]
+
+
+# ruff: noqa: E501
+# Words and what the line must say: the key, the value, the nearest right one.
+BAD = {
+    "unknown command": (["trian"], "no command 'trian'. Did you mean 'train'?"),
+    "unknown option": (["train", "sae=topkk"], "no option 'topkk' in group 'sae'. Did you mean 'topk'?"),
+    "unknown key": (["train", "sae.kk=3"], "no key 'sae.kk'. Did you mean 'k'?"),
+    "unknown key with +": (["train", "+sae.kk=3"], "no key 'sae.kk'. Did you mean 'k'?"),
+    "unknown group": (["train", "seas=topk"], "seas"),
+    "unknown evaluator": (["train", "evaluators=[sparsty]"], "Did you mean 'sparsity'?"),
+    "key of an evaluator": (["train", "evaluators.sparsity.active_epss=1"], "active_eps"),
+    "missing value": (["train", "~sae.k"], "'sae.k' needs a value"),
+    "text for a number": (["train", "sae.k=abc"], "sae.k=abc: Value 'abc' of type 'str'"),
+    "fraction for a count": (["train", "sae.k=2.5"], "sae.k=2.5"),
+    "k of zero": (["train", "sae.k=0"], "sae.k=0: must be > 0"),
+    "negative k": (["train", "sae.k=-3"], "sae.k=-3: must be > 0"),
+    "k above d_sae": (["train", "sae.d_sae=16", "sae.k=17"], "sae.k=17: must be <= d_sae=16"),
+    "negative learning rate": (["train", "trainer.lr=-1"], "trainer.lr=-1.0: must be > 0"),
+    "text for lr": (["train", "trainer.lr=fast"], "trainer.lr=fast"),
+    "batch of zero": (["train", "trainer.batch_size=0"], "trainer.batch_size=0: must be > 0"),
+    "batch above budget": (
+        ["train", "trainer.n_tokens=100"], "trainer.batch_size=512: more than trainer.n_tokens=100"),
+    "micro batch": (["train", "trainer.micro_batch_size=100"], "must divide trainer.batch_size=512"),
+    "one bad value of a sweep": (["train", "-m", "sae.k=4,8,0"], "sae.k=0: must be > 0"),
+    "one bad option of a sweep": (["train", "-m", "sae=topk,rleu"], "Did you mean 'relu'?"),
+    "both widths": (["train", "sae.d_sae=64", "sae.expansion=2"], "both given"),
+    "neither width": (["train", "sae.expansion=null"], "neither given"),
+    "unknown site": (["train", "site.name=activation"], "Did you mean 'activations'?"),
+    "no class token": (["train", "site.tokens=cls"], "site.tokens=cls: activations has no class token"),
+    "unknown tokens": (["train", "site.tokens=clss"], "site.tokens=clss"),
+    "several sites": (["train", "site.name=[]"], "site.name"),
+    "unknown device": (["train", "device=cdua"], "device=cdua: no such device. Did you mean 'cuda'?"),
+    "held-out of one": (["train", "dataset.heldout=1.5"], "dataset.heldout=1.5"),
+    "unknown dtype": (["train", "store.dtype=fp8"], "store.dtype=fp8"),
+    "outliers of a stream": (["train", "store=stream", "store.max_norm_multiple=3"], "store=disk"),
+    "absent start": (["train", "init_from=absent"], "init_from=absent: there is no such folder"),
+    "no checkpoint": (["eval"], "'checkpoint' needs a value"),
+    "absent checkpoint": (["eval", "checkpoint=absent"], "checkpoint=absent: there is no such folder"),
+    "absent data": (
+        ["train", "model=tiny_clip", "dataset=cifar10", "dataset.path=./absent.parquet"], "dataset.path"),
+    "absent text": (["train", "model=tiny_lm", "dataset=sst2", "dataset.path=./absent.tsv"], "dataset.path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_makes_nothing(name, in_process, capfd, tmp_path):
+    words, message = BAD[name]
+    quick = [] if words[0] != "train" else QUICK
+    quick = [w for w in quick if w.split("=")[0] not in {x.split("=")[0] for x in words}]
+    if any(w.startswith("sae.d_sae") for w in words) and "both" not in name:
+        quick = [w for w in quick if not w.startswith("sae.expansion")]
+    assert in_process(words[0], *quick, *words[1:]) == 2
+    line = one_line(capfd.readouterr().err)
+    assert line.startswith("sae-run")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_site_of_a_vision_model_names_the_nearest(in_process, capfd, tmp_path):
+    assert in_process("train", "site.name=blocks.99.resid_post") == 2
+    line = one_line(capfd.readouterr().err)
+    assert "site.name=blocks.99.resid_post: no such site" in line
+    assert "blocks.3.resid_post" in line or "blocks.0.resid_post" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_outputs(in_process, capfd, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    assert in_process("train", *QUICK, "outputs=file/out") == 2
+    assert "outputs=file/out: cannot write" in one_line(capfd.readouterr().err)
+
+
+def test_too_little_disk_is_seen_ahead(in_process, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_runner.files.free_bytes", lambda _: 10_000)
+    assert in_process("train", *QUICK) == 2
+    line = one_line(capfd.readouterr().err)
+    assert "store needs" in line
+    assert "free in" in line
+    assert not list(tmp_path.glob("outputs/train/[!.]*"))
+
+
+def test_nan_in_activations_names_the_example(in_process, capfd, tmp_path, monkeypatch):
+    from sae_runner.models.toy import ToyHost as Toy
+
+    whole = Toy.record
+
+    def record(self, inputs, sites):
+        found = whole(self, inputs, sites)
+        for x in found.values():
+            x[inputs.ids == 7] = float("nan")
+        return found
+
+    monkeypatch.setattr(Toy, "record", record)
+    assert in_process("train", *QUICK) == 2
+    assert "example 7 is NaN or infinite" in one_line(capfd.readouterr().err)
+    assert not list(tmp_path.glob("outputs/stores/*/*/manifest.json"))
+
+
+@pytest.fixture
+def finished_run(in_process, tmp_path) -> Path:
+    assert in_process("train", *QUICK) == 0
+    return next(tmp_path.glob("outputs/train/[!.]*"))
+
+
+def test_corrupt_and_foreign_stores(finished_run, in_process, capfd, tmp_path):
+    shard = next(tmp_path.glob("outputs/stores/*/*/train-00000.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    assert in_process("train", *QUICK, "seed=1") == 2
+    assert "cut short" in one_line(capfd.readouterr().err)
+    shard.write_bytes(whole)
+    manifest = shard.parent / "manifest.json"
+    manifest.write_text(json.dumps({"schema": "other/1"}))
+    assert in_process("train", *QUICK, "seed=1") == 2
+    assert "schema 'other/1'" in one_line(capfd.readouterr().err)
+
+
+def test_checkpoint_of_another_width(finished_run, in_process, capfd):
+    assert in_process("train", *QUICK, "dataset.d=32", f"init_from={finished_run}") == 2
+    assert "its d_in is 64, this run's is 32" in one_line(capfd.readouterr().err)
+
+
+def test_damaged_checkpoint_is_named(finished_run, in_process, capfd):
+    weights = next(finished_run.glob("checkpoints/*/sae.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert in_process("eval", f"checkpoint={finished_run}", "force=true") == 2
+    err = capfd.readouterr().err
+    assert "no sound checkpoint" in one_line(err)
+
+
+# -- What works --------------------------------------------------------------------------------
+
+
+def test_second_time_nothing_is_done_again(finished_run, in_process, capfd):
+    before = {p: p.stat().st_mtime_ns for p in finished_run.rglob("*.safetensors")}
+    capfd.readouterr()
+    assert in_process("train", *QUICK) == 0
+    err = capfd.readouterr().err
+    assert "is complete" in err
+    assert "training is done" in err
+    assert "report is there" in err
+    assert before == {p: p.stat().st_mtime_ns for p in finished_run.rglob("*.safetensors")}
+
+
+def test_force_trains_again_to_the_same_bits(finished_run, in_process):
+    weights = next(finished_run.glob("checkpoints/*/sae.safetensors"))
+    bytes_before, time_before = weights.read_bytes(), weights.stat().st_mtime_ns
+    assert in_process("train", *QUICK, "force=true") == 0
+    assert weights.stat().st_mtime_ns != time_before
+    assert weights.read_bytes() == bytes_before
+
+
+def test_half_failed_sweep_runs_only_what_is_missing(in_process, tmp_path, monkeypatch, capfd):
+    from sae_runner.training.trainer import Trainer
+
+    whole = Trainer.run
+
+    def run(self):
+        if self.sae.k == 16:
+            raise OSError(28, "No space left on device")
+        whole(self)
+
+    sweep = ["train", "-m", *[w for w in QUICK if "sae.k" not in w], "sae.k=4,16"]
+    monkeypatch.setattr(Trainer, "run", run)
+    assert in_process(*sweep) == 2
+    assert "sae.k=16" in one_line(capfd.readouterr().err)
+    assert len(list(tmp_path.glob("outputs/train/[!.]*/report.json"))) == 1
+    monkeypatch.setattr(Trainer, "run", whole)
+    assert in_process(*sweep) == 0
+    err = capfd.readouterr().err
+    assert err.count("training is done") == 1
+    assert len(list(tmp_path.glob("outputs/train/[!.]*/report.json"))) == 2
+
+
+def test_sweep_job_and_single_run_share_a_directory(finished_run, in_process, tmp_path):
+    assert in_process("train", "-m", *QUICK, "sae.target_l0=null") == 0
+    assert len(list(tmp_path.glob("outputs/train/[!.]*"))) == 1
+
+
+def test_runtime_keys_and_path_spelling_name_no_new_run(finished_run, in_process, tmp_path):
+    assert (
+        in_process("train", *QUICK, "model.batch_size=7", "dataset.workers=0", "outputs=./outputs/")
+        == 0
+    )
+    assert len(list(tmp_path.glob("outputs/train/[!.]*"))) == 1
+
+
+def test_finished_run_is_extended_from_its_weights(finished_run, in_process, tmp_path):
+    words = [w for w in QUICK if "n_tokens" not in w]
+    assert in_process("train", *words, "trainer.n_tokens=8192", f"init_from={finished_run}") == 0
+    runs = sorted(tmp_path.glob("outputs/train/[!.]*"))
+    assert len(runs) == 2
+    last = {r.name: json.loads((r / "metrics.jsonl").read_text().splitlines()[-1]) for r in runs}
+    longer = next(v for k, v in last.items() if k != finished_run.name)
+    assert longer["fvu"] < last[finished_run.name]["fvu"]
+
+
+def test_eval_alone_adds_an_evaluator(finished_run, in_process, tmp_path):
+    from sae_runner import load_report
+
+    assert in_process("eval", f"checkpoint={finished_run}", "evaluators=[recovery]") == 0
+    assert set(load_report(finished_run)["evaluators"]) == {
+        "sparsity", "reconstruction", "density", "recovery",
+    }  # fmt: skip
+
+
+def test_training_without_splicing_never_loads_the_model(finished_run, in_process, monkeypatch):
+    from sae_runner.commands import pipeline
+
+    def refuse(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(pipeline, "build_model", refuse)
+    monkeypatch.setattr(pipeline, "_shapes", refuse)
+    assert in_process("train", *QUICK, "seed=3") == 0
+
+
+def test_out_of_memory_is_one_line(in_process, monkeypatch, capfd):
+    from sae_runner.training.trainer import Trainer
+
+    def run(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "run", run)
+    assert in_process("train", *QUICK) == 1
+    line = one_line(capfd.readouterr().err)
+    assert "out of memory: lower trainer.micro_batch_size" in line
+
+
+# -- Start-up ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["eval", "--help"],
+     ["report", "--help"], ["cache", "--help"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_help_does_not_import_torch(words, tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None; "
+        f"sys.argv[1:] = {words}; from sae_runner.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_names_are_refused_without_torch(tmp_path):
+    for words, message in ((["sae=topkk"], "topk"), (["sae.kk=1"], "'k'")):
+        code = (
+            "import sys; sys.modules['torch'] = None; "
+            f"sys.argv[1:] = {['train', *words]}; from sae_runner.cli import main; main()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("sae-run tr", "train"), ("sae-run train sae=", "sae=relu"), ("sae-run train -m sae.k", "sae.k="),
+     ("sae-run report ", "outputs")],
+)  # fmt: skip
+def test_completion(line, expected, tmp_path):
+    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line)), "_PYTHON": "x"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sae_runner", "-sc", "query=bash"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert expected in done.stdout, done.stderr
+
+
+def test_broken_pipe_is_silent(tmp_path):
+    command = f"{sys.executable} -m sae_runner train --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
