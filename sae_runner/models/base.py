@@ -284,7 +284,7 @@ class HookedModel(Model):
             return self.forward(inputs)
 
     def resume_from(self, site: str, x: Float[Tensor, "n t d"], state: Inputs) -> Tensor:
-        """See `Model.resume_from`; blocks before `site` are left out when it is a block's output.
+        """See `Model.resume_from`; blocks before a block's input or output are left out.
 
         Elsewhere the whole network runs again with the site replaced.
         """
@@ -295,7 +295,7 @@ class HookedModel(Model):
             state = state.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         tap, modules = self._taps([site])[site], self.modules()
         skipped: Sequence[str] = ()
-        whole = tap.side == "output" and tap.columns is None and tap.item is None
+        whole = tap.columns is None and tap.item is None
         if whole and tap.module in self.block_paths:
             skipped = self.block_paths[: list(self.block_paths).index(tap.module)]
         with self._lock, left_out([modules[path] for path in skipped]):

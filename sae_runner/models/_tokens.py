@@ -1,0 +1,107 @@
+"""Text as a language model reads it: token ids, framed, padded and marked."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_runner.data._packed import Framing
+from sae_runner.data.base import Example
+from sae_runner.errors import ConfigError, DataError
+from sae_runner.models.base import Inputs
+
+
+class Tokens:
+    """A Hugging Face tokenizer and how its tokens are framed for one model.
+
+    Args:
+        tokenizer: a `PreTrainedTokenizer`.
+        context: most tokens of an example, special ones included; longer text loses its end.
+        prepend_bos: whether every example begins with BOS (never with an encoder: it has CLS).
+        encoder: whether text is framed as `[CLS] … [SEP]`.
+
+    Raises:
+        ConfigError: the tokenizer has no BOS to prepend, or the model is no decoder.
+    """
+
+    def __init__(self, tokenizer: Any, *, context: int, prepend_bos: bool, encoder: bool) -> None:
+        self.tokenizer, self.context = tokenizer, context
+        separator = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
+        prefix: tuple[int, ...] = ()
+        suffix: tuple[int, ...] = ()
+        if encoder:
+            if prepend_bos:
+                raise ConfigError("model.prepend_bos=true: an encoder begins with [CLS]; use false")
+            prefix, suffix = (tokenizer.cls_token_id,), (tokenizer.sep_token_id,)
+        elif prepend_bos:
+            if tokenizer.bos_token_id is None:
+                raise ConfigError("model.prepend_bos=true: this tokenizer has no BOS; use false")
+            prefix = (tokenizer.bos_token_id,)
+        self.framing = Framing(context, prefix, suffix, separator)
+        special = sorted(set(tokenizer.all_special_ids))
+        self.special = torch.tensor(special, dtype=torch.int64)
+        # Padded positions are masked, so that any id serves where there is no token for it.
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without any special token and of any length."""
+        found = self.tokenizer(
+            texts, add_special_tokens=False, padding=False, truncation=False,
+            return_attention_mask=False, return_token_type_ids=False, verbose=False,
+        )  # fmt: skip
+        ids: list[list[int]] = found["input_ids"]
+        return ids
+
+    def prepare(self, examples: Sequence[Example]) -> Inputs:
+        """A batch of strings, or of rows that are packed already.
+
+        Strings are padded on the right to the longest of the batch. What is padded is masked, so
+        that an example's activations do not depend on its batch beyond rounding.
+
+        Raises:
+            DataError: a string without any token.
+        """
+        ids = torch.tensor([example.id for example in examples], dtype=torch.int64)
+        labels = None
+        if all(example.label is not None for example in examples):
+            labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
+        if not isinstance(examples[0].value, str):
+            tokens = torch.from_numpy(np.stack([example.value for example in examples]))
+            attended = torch.ones(tokens.shape, dtype=torch.bool)
+            return Inputs(ids, {"tokens": tokens}, attended, self.is_special(tokens), labels)
+        tokens, attended = self._padded(examples)
+        tensors = {"tokens": tokens, "mask": attended.long()}
+        return Inputs(ids, tensors, attended, self.is_special(tokens), labels)
+
+    def _padded(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        prefix, suffix = self.framing.prefix, self.framing.suffix
+        encoded = self.encode([example.value for example in examples])
+        rows = [[*prefix, *row[: self.framing.body], *suffix] for row in encoded]
+        tokens = torch.full((len(rows), max(map(len, rows))), self.pad, dtype=torch.int64)
+        attended = torch.zeros(tokens.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            if not row:
+                raise DataError(f"example {examples[i].id}: text without any token")
+            tokens[i, : len(row)] = torch.tensor(row)
+            attended[i, : len(row)] = True
+        return tokens, attended
+
+    def is_special(self, tokens: Tensor) -> Tensor:
+        """True at BOS, EOS, CLS, SEP and their like."""
+        return torch.isin(tokens, self.special)
+
+    def hash(self) -> str:
+        """SHA-256 over the vocabulary, the merges and the special tokens (hex)."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            stored = json.loads(backend.to_str())
+            # Set by whoever used the tokenizer last; this module truncates and pads itself.
+            facts: Any = {k: v for k, v in stored.items() if k not in ("truncation", "padding")}
+        else:
+            facts = sorted(self.tokenizer.get_vocab().items())
+        text = json.dumps([facts, self.special.tolist(), self.pad], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
