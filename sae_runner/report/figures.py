@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from sae_runner.report.curves import curves_figure, read_curves
 from sae_runner.report.style import COLOURS, DARK, GREY, house_style, new_figure, plain_count, save
@@ -89,9 +87,9 @@ def run_title(run_dir: Path, envelopes: Mapping[str, Mapping[str, Any]]) -> str:
     """`model · site (tokens) · sae`, as measured, or as the config has it."""
     config: dict[str, Any] = {}
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+        loaded = yaml.safe_load((run_dir / "config.yaml").read_bytes())
         config = {str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {}
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+    except (OSError, ValueError, yaml.YAMLError):
         pass
     blocks = {key: value for key, value in config.items() if isinstance(value, dict)}
     envelope = next(iter(envelopes.values()), {})
