@@ -3,12 +3,11 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from sae_runner.config import (
@@ -18,11 +17,12 @@ from sae_runner.config import (
     Positive,
     PositiveFloat,
 )
-from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable
-from sae_runner.errors import ConfigError, DataError
+from sae_runner.data.base import Dataset, Split
+from sae_runner.errors import ConfigError
 from sae_runner.models import MODELS
 from sae_runner.models._artefact import Artefact, assign, load, trained
-from sae_runner.models._contrastive import Pairs, Recipe, WordTokenizer, train
+from sae_runner.models._contrastive import Recipe, WordTokenizer, train
+from sae_runner.models._image_pairs import chunks_of, pairs_of, spoken, to_normal
 from sae_runner.models._open_clip_weights import quiet, seeded
 from sae_runner.models.base import HookedModel
 from sae_runner.models.open_clip import OpenCLIP
@@ -32,7 +32,6 @@ _PREPROCESS = {
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
     "interpolation": "bicubic", "resize_mode": "shortest",
 }  # fmt: skip
-_CHUNK = 512
 
 log = logging.getLogger("sae_runner")
 
@@ -120,6 +119,7 @@ class TinyCLIP(OpenCLIP):
                 "heads": text_heads,
             },
         }  # fmt: skip
+        check_templates(templates)
         check_shape(image_size, patch_size, (width, heads), (text_width, text_heads))
         recipe = Recipe(epochs, train_batch, lr, weight_decay, warmup, shift, flip, seed)
         if meta:
@@ -130,9 +130,8 @@ class TinyCLIP(OpenCLIP):
         self.device = torch.device(device)
         if weights is not None:
             found = load(weights)
-        elif dataset is None:
-            raise ConfigError("model.type=tiny_clip needs a dataset to train on")
         else:
+            dataset = images_of(dataset)
             words: dict[str, Any] = {
                 "max_words": max_words,
                 "templates": templates,
@@ -205,7 +204,7 @@ class TinyCLIP(OpenCLIP):
         # The transform comes with a network; the vocabulary is not known before the images.
         device = self.device
         self.adopt(new_network(shape, 2, 0, "meta"), "meta", "fp32")
-        pairs = self._pairs(dataset, templates, max_images, recipe.seed)
+        pairs = pairs_of(dataset, self.prepare, templates, max_images, recipe.seed)
         texts = [text for options in pairs.texts for text in options]
         context = shape["text_cfg"]["context_length"]
         self.words = WordTokenizer.from_texts(texts, context, max_words)
@@ -226,28 +225,6 @@ class TinyCLIP(OpenCLIP):
             "zero_shot": zero_shot,
         }
         return network.state_dict(), facts
-
-    def _pairs(self, dataset: Dataset, templates: list[str], max_images: int, seed: int) -> Pairs:
-        """The training images with their texts, resized, in memory."""
-        ids = dataset.ids("train")
-        if len(ids) > max_images:
-            order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-            ids = ids[order[:max_images].sort().values.numpy()]
-        pixels: list[Tensor] = []
-        texts: list[list[str]] = []
-        groups: list[int] = []
-        captions: dict[str, int] = {}
-        for examples in chunks_of(dataset, ids):
-            pixels.append(to_bytes(self.prepare(examples).tensors["pixels"]))
-            for example in examples:
-                texts.append(texts_of(example, dataset, templates))
-                meaning = example.label
-                if meaning is None:  # Below zero, so that no caption is taken for a class.
-                    meaning = -1 - captions.setdefault(texts[-1][0], len(captions))
-                groups.append(meaning)
-        if not pixels:
-            raise DataError(f"dataset {dataset.name!r}: no training image could be read")
-        return Pairs(torch.cat(pixels), texts, torch.tensor(groups))
 
     def _take(self, found: Artefact, where: str | None, dataset: Dataset | None) -> None:
         """Become the network that was found."""
@@ -279,6 +256,31 @@ def check_shape(
     for key, (width, heads) in (("", image), ("text_", text)):
         if width % heads:
             raise ConfigError(f"model.{key}heads={heads}: does not divide model.{key}width={width}")
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse sentences that a label's name cannot be put into."""
+    if not templates:
+        raise ConfigError("model.templates=[]: give at least one sentence with {} for the label")
+    for template in templates:
+        try:
+            complete = template.format("\0").count("\0") > 0
+        except (IndexError, KeyError, ValueError):
+            complete = False
+        if not complete:
+            raise ConfigError(f"model.templates={template}: needs one {{}}, for the label's name")
+
+
+def images_of(dataset: Dataset | None) -> Dataset:
+    """The dataset, which must hold images."""
+    if dataset is None:
+        raise ConfigError("model.type=tiny_clip needs a dataset to train on")
+    if dataset.modality != "image":
+        raise ConfigError(
+            f"model.type=tiny_clip reads images, but dataset {dataset.name!r} has "
+            f"{dataset.modality}: use dataset=digits or another model"
+        )
+    return dataset
 
 
 def new_network(shape: dict[str, Any], vocab_size: int, seed: int, device: str) -> nn.Module:
@@ -316,44 +318,3 @@ def identity_of(dataset: Dataset) -> dict[str, str]:
         "fingerprint": dataset.fingerprint(),
         "train_ids": hashlib.sha256(train_ids).hexdigest(),
     }
-
-
-def chunks_of(dataset: Dataset, ids: Ids) -> Iterator[list[Example]]:
-    """The readable examples of `ids`, some hundred at a time."""
-    for start in range(0, len(ids), _CHUNK):
-        found = dataset.load(ids[start : start + _CHUNK])
-        good = [example for example in found if not isinstance(example, Unreadable)]
-        if good:
-            yield good
-
-
-def texts_of(example: Example, dataset: Dataset, templates: Sequence[str]) -> list[str]:
-    """The example's caption, or its label in every template.
-
-    Raises:
-        ConfigError: it has neither.
-    """
-    if example.caption is not None:
-        return [example.caption]
-    if example.label is None or dataset.label_names is None:
-        raise ConfigError(
-            f"model.type=tiny_clip learns from labels or captions, and example {example.id} of "
-            f"dataset {dataset.name!r} has neither: set dataset.label_column or "
-            "dataset.caption_column"
-        )
-    return [template.format(spoken(dataset.label_names[example.label])) for template in templates]
-
-
-def spoken(name: str) -> str:
-    """A label's name as one says it."""
-    return name.replace("_", " ")
-
-
-def to_bytes(pixels: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:
-    """Normalised pixels as the bytes they were: a quarter of the memory, and nothing is lost."""
-    return ((pixels * 0.5 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def to_normal(pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-    """The inverse of `to_bytes`."""
-    return (pixels.float() / 255 - 0.5) / 0.5
