@@ -14,7 +14,7 @@ from sae_runner.report.schema import DATASET_FINGERPRINT, MODEL_FINGERPRINT
 # Top-level keys that name no part of an experiment: where it ran, where its files lie, what it is
 # called. Differences in them are listed, but make no column.
 MEASURING = ("evaluators", "eval")
-OUTSIDE = ("device", "outputs", "run_name", "run_dir", "logger", "name")
+OUTSIDE = ("device", "outputs", "force", "run_name", "run_dir", "logger", "name")
 
 HIGHER_IS_BETTER = re.compile(
     r".*\.(explained_variance|cosine|alive_frac|mmcs|f1|precision|recall|hungarian"
@@ -146,7 +146,8 @@ def cautions(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
             for line in _who_has_what(measured):
                 lines.setdefault(f"measured differently: {line}", []).append(name)
         code = {
-            i: flat({k: run.report[k] or {} for k in ("versions", "git")}) for i, run in of_group
+            i: flat({k: run.report[k] for k in ("versions", "git") if run.report[k]})
+            for i, run in of_group
         }
         for line in _who_has_what(code):
             lines.setdefault(f"made by different code: {line}", [])
@@ -170,7 +171,8 @@ def _who_has_what(of_runs: Mapping[int, Mapping[str, Any]]) -> list[str]:
         holders: dict[str, list[str]] = {}
         for i, value in zip(of_runs, values, strict=True):
             text = str(value)
-            text = text if len(text) <= 48 else f"{text[:47]}…"
+            length = 12 if re.fullmatch("[0-9a-f]{32,}", text) else 48  # Hashes need no more.
+            text = text if len(text) <= length else f"{text[:length]}…"
             holders.setdefault(text, []).append(f"#{i}")
         said = [
             f"{value} ({', '.join(who[:4])}{f' and {len(who) - 4} more' if len(who) > 4 else ''})"

@@ -77,13 +77,13 @@ def test_a_run_without_a_metric_is_on_no_frontier(make_run: MakeRun) -> None:
 
 
 def test_config_differences_are_told_apart_by_what_they_change() -> None:
-    first = {"sae.k": 32, "sae.type": "topk", "device": "cpu", "model.batch_size": 1, "seed": 0}
-    second = {"sae.l1": 0.1, "sae.type": "relu", "device": "cuda", "model.batch_size": 2, "seed": 0}
+    first = {"sae.k": 32, "sae.type": "topk", "device": "cpu", "force": True, "seed": 0}
+    second = {"sae.l1": 0.1, "sae.type": "relu", "device": "cuda", "force": False, "seed": 0}
     found = config_differences([first, second])
     assert found.differing == {
         "sae.k": [32, ABSENT], "sae.type": ["topk", "relu"], "sae.l1": [ABSENT, 0.1],
     }  # fmt: skip
-    assert found.runtime == {"device": ["cpu", "cuda"], "model.batch_size": [1, 2]}
+    assert found.runtime == {"device": ["cpu", "cuda"], "force": [True, False]}
     assert found.same == {"seed": 0}
 
 
@@ -106,6 +106,12 @@ def test_keys_that_follow_from_the_kind_of_sae_make_no_column(make_run: MakeRun)
     assert "sae.norm" in comparison.differences.differing
     same_kind = compare(runs[:2], [], X, Y)
     assert list(same_kind.telling) == ["sae.k"]
+
+
+def test_what_stays_outside_fingerprints_changes_no_number() -> None:
+    for key in ("model.batch_size", "trainer.log_every", "store.prefetch", "outputs"):
+        found = config_differences([{key: 1}, {key: 2}])
+        assert found.runtime == {key: [1, 2]} and found.differing == {}
 
 
 def test_an_absent_key_differs_from_null_and_a_list_is_a_value() -> None:
@@ -175,6 +181,15 @@ def test_another_measurement_of_comparable_runs_is_said(make_run: MakeRun) -> No
         "data.n_heldout is 512 (#1, #3), 64 (#2)",
         "density measured differently: density.n_tokens is 8192 (#1, #3), 1024 (#2)",
         "made by different code: versions.torch is 2.15.0 (#1, #2), 2.11 (#3)",
+    ]
+
+
+def test_hashes_are_cut_short(make_run: MakeRun) -> None:
+    git = {"commit": "0123456789ab" + "c" * 28, "dirty": False}
+    runs = load(make_run("a", report={"git": git}), make_run("b", report={"git": None}))
+    assert compare(runs, [], X, Y).remarks == [
+        "made by different code: git.commit is 0123456789ab… (#1), absent (#2)",
+        "made by different code: git.dirty is False (#1), absent (#2)",
     ]
 
 
