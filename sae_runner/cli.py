@@ -25,6 +25,8 @@ COMMANDS = {
 }
 TAKES_PATHS = ("report", "ls", "rm")
 """Commands whose words without `=` are run directories or globs."""
+ANSWERS = ("plan", "sites")
+"""Commands that only say something: a sweep of them takes neither a launcher nor a folder."""
 
 
 class Outcome:
@@ -67,8 +69,11 @@ def dispatch() -> None:
     add_width_override()
     put_flags_first()
     try:
-        preflight(command)
-        hydra_app(command)()
+        jobs = preflight(command)
+        if jobs and command in ANSWERS:
+            answer(command, jobs)
+        else:
+            hydra_app(command)()
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else 130
         stop(f"sae-run {command}: {error or 'interrupted: type the same command to go on'}", code)
@@ -112,7 +117,8 @@ def take_words(command: str) -> list[str]:
         return []
     # Hydra's own options with a value: what follows them is no path.
     valued = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn")
-    plain, kept = [], [sys.argv[0]]
+    plain: list[str] = []
+    kept = [sys.argv[0]]
     for before, word in zip(["", *words], words, strict=False):
         is_path = not word.startswith(("-", "+", "~")) and "=" not in word
         (plain if is_path and before not in valued else kept).append(word)
@@ -145,19 +151,36 @@ def hydra_app(command: str) -> Callable[[], Any]:
     return app
 
 
-def preflight(command: str) -> None:
+def preflight(command: str) -> "list[Job]":
     """Compose and check every job of a sweep before the first one starts or makes a directory."""
     words = sys.argv[1:]
     sweeps = {"-m", "--multirun"} & set(words) or any("experiment=" in w for w in words)
     if not sweeps or {"--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help"} & set(words):
-        return
+        return []
     from sae_runner.sweep import composed_jobs
 
     module = importlib.import_module(f"sae_runner.commands.{command}")
-    check = getattr(module, "check", None)
+    check: Any = getattr(module, "check", None)
     jobs = composed_jobs(command, words)
     for job in jobs if check and len(jobs) > 1 else []:
         check(job)
+    return jobs
+
+
+def answer(command: str, jobs: "Sequence[Job]") -> None:
+    """Run the jobs of a sweep in this process, under their overrides."""
+    from sae_runner.log import setup_logging
+    from sae_runner.signals import raise_on_signals
+
+    setup_logging()
+    raise_on_signals()
+    module = importlib.import_module(f"sae_runner.commands.{command}")
+    for i, job in enumerate(jobs):
+        if i > 0:
+            print()
+        if len(jobs) > 1:
+            print(f"# {' '.join(job.overrides)}", flush=True)
+        module.main(job)
 
 
 def run(cfg: "DictConfig") -> None:

@@ -30,9 +30,8 @@ def composed_jobs(command: str, words: Sequence[str]) -> list[Job]:
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
             name = arguments.config_name or command
-            fixed = [
-                o.input_line for o in parser.parse_overrides(overrides) if not o.is_sweep_override()
-            ]
+            parsed = parser.parse_overrides(overrides)
+            fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
             cfg = compose(name, [*fixed, *searchpath], return_hydra_config=True)
             params = cfg.hydra.sweeper.get("params") or {}
             if not arguments.multirun and "MULTIRUN" not in str(cfg.hydra.mode):

@@ -18,7 +18,6 @@ from sae_runner.config import (
     NonNegative,
     Positive,
     PositiveFloat,
-    checked_options,
     construct,
     identity,
     plain,
@@ -32,6 +31,7 @@ from sae_runner.evaluators.base import Evaluator
 from sae_runner.files import require_writable
 from sae_runner.models import build_model
 from sae_runner.models.base import Model, SiteInfo
+from sae_runner.report.expected import check_expected
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
 from sae_runner.site import TokenSelection, resolve_sites
@@ -322,22 +322,14 @@ class Pipeline:
         require_writable(self.outputs)
         resolve_device(self.cfg["device"])
         if train:
-            checked_options(SAES[str(self.cfg["sae"].get("type"))], _without_type(self.cfg["sae"]),
-                            where="sae")  # fmt: skip
-            assert self.train_options and self.eval_options is not None
-            assert self.evaluators is not None
-        assert self.raw_dataset is not None
-        if not self.infos:
-            raise ConfigError("site.name: no site")
+            SAES.check(self.cfg["sae"])
+            _ = self.train_options, self.eval_options, self.evaluators
+            check_expected(self.cfg.get("expected") or [])
+        _ = self.raw_dataset, self.infos
         if train:
-            sae = self.build_sae(self.site.d, device="meta")
-            del sae
+            self.build_sae(self.site.d, device="meta")
             for name, evaluator in self.evaluators.items():
-                if "labels" in evaluator.needs and not self.raw_dataset.label_names:
-                    raise ConfigError(
-                        f"evaluators.{name}: dataset {self.choices['dataset']} has no labels"
-                    )
-
-
-def _without_type(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k != "type"}
+                try:
+                    evaluator.check(self.raw_dataset)
+                except ConfigError as error:
+                    raise ConfigError(f"evaluators.{name}: {error}") from None

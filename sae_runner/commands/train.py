@@ -53,7 +53,7 @@ def main(job: Job) -> None:
         with log_to(run_dir / "run.log"):
             begin_run(run_dir, pipeline, job)
             train(run_dir, pipeline)
-            evaluate(run_dir, pipeline, pipeline.cfg["evaluators"], force=False)
+            evaluate(run_dir, pipeline, force=False)
     log.info("run %s", run_dir)
 
 

@@ -86,8 +86,13 @@ class Evaluator(ABC):
 
     axis: ClassVar[Axis]
     version: ClassVar[str] = "1"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Of `dataset`, `model`, `labels`: what must be there before the run starts."""
+
+    def check(self, dataset: Dataset) -> None:  # noqa: B027 - most have nothing to refuse
+        """Before anything runs: refuse a dataset that this evaluator cannot measure on.
+
+        Raises:
+            ConfigError: what is missing, and what to use instead.
+        """
 
     @abstractmethod
     def start(self, context: EvalContext) -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sae_runner.data.base import Ids
+from sae_runner.data.base import Dataset, Ids
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators.base import Axis, EvalContext, Evaluator, Findings, Note, Rows
@@ -41,7 +41,6 @@ class Recovery(Evaluator):
     """
 
     axis: ClassVar[Axis] = "both"
-    needs: ClassVar[frozenset[str]] = frozenset({"dataset"})
 
     def __init__(self, *, hungarian: bool) -> None:
         self.hungarian = hungarian
@@ -53,6 +52,14 @@ class Recovery(Evaluator):
         self.n_active: Int64[Tensor, " n_features"]
         self.n_fired: Int64[Tensor, " d_sae"]
 
+    def check(self, dataset: Dataset) -> None:
+        """See `Evaluator.check`: the true dictionary must be known."""
+        if not isinstance(dataset, KnownDictionary):
+            raise ConfigError(
+                f"not applicable: dataset {dataset.name!r} has no true dictionary; "
+                "use dataset=toy or leave the evaluator out"
+            )
+
     def start(self, context: EvalContext) -> None:
         """See `Evaluator.start`.
 
@@ -61,11 +68,7 @@ class Recovery(Evaluator):
         """
         dataset = context.dataset() if context.dataset else None
         if not isinstance(dataset, KnownDictionary):
-            name = getattr(dataset, "name", "none")
-            raise ConfigError(
-                f"evaluators.recovery: not applicable: dataset {name!r} has no true dictionary; "
-                "use dataset=toy or leave the evaluator out"
-            )
+            raise ConfigError("evaluators.recovery: not applicable: no true dictionary")
         n_features, d = dataset.dictionary.shape
         if d != context.sae.d_in:
             raise ConfigError(

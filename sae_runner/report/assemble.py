@@ -1,4 +1,4 @@
-"""report.json, features.parquet and figures of one checkpoint, from what evaluators left on disk."""
+"""report.json and features.parquet of one checkpoint, from what its evaluators left on disk."""
 
 import importlib.metadata
 import json

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sae_runner.data.base import Split
+from sae_runner.data.base import Ids, Split
 from sae_runner.errors import DataError
 from sae_runner.models.base import SiteInfo
 from sae_runner.statistics import ActivationStats
@@ -77,6 +77,11 @@ class Activations(ABC):
     @abstractmethod
     def stats(self, n_sample: int = 32768) -> ActivationStats:
         """What initialisation may know of the training rows."""
+
+    def example_ids(self, split: Split) -> Ids:
+        """Ids of the examples that rows come from, ascending."""
+        windows = (self.window(split, i)["example_id"] for i in range(self.n_windows(split)))
+        return np.unique(np.concatenate([np.unique(w.numpy()) for w in windows])).astype(np.int64)
 
     def heldout_mean(self) -> Float[Tensor, " d"] | None:
         """Mean of the held-out rows in float64, where it is known without reading them."""

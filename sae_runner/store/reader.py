@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -149,11 +148,6 @@ class ActivationStore(Activations):
     def heldout_mean(self) -> Float[Tensor, " d"] | None:
         """See `Activations`; unknown when outliers are left out."""
         return self._mean("heldout") if self.norm_limit is None else None
-
-    def example_ids(self, split: Split) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Ids of the examples that rows come from, ascending."""
-        shards = (self._shard(split, i)["example_id"] for i in range(self.n_windows(split)))
-        return np.unique(np.concatenate([np.unique(s.numpy()) for s in shards])).astype(np.int64)
 
     def verify(self) -> None:
         """Compare every file with its hash.

@@ -8,10 +8,11 @@ model, and going on after an interruption computes the windows at hand again.
 from collections.abc import Callable
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sae_runner.data.base import Dataset, Split
+from sae_runner.data.base import Dataset, Ids, Split
 from sae_runner.models.base import Model, SiteInfo
 from sae_runner.site import TokenSelection
 from sae_runner.statistics import ActivationStats
@@ -70,6 +71,10 @@ class StreamStore(Activations):
             "position": rows.position,
         }
         return tensors if rows.label is None else {**tensors, "label": rows.label}
+
+    def example_ids(self, split: Split) -> Ids:
+        """See `Activations`; those of unreadable examples are among them."""
+        return np.sort(self.plan.ids[split])
 
     def stats(self, n_sample: int = 32768) -> ActivationStats:
         """From the first window, the only one that can be afforded ahead of training."""
