@@ -3,14 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int32
 
 from sae_runner.config import fingerprint
 from sae_runner.data.base import SPLITS, Dataset, Example, Ids, Split, Unreadable
@@ -24,6 +24,10 @@ Encode = Callable[[list[str]], list[list[int]]]
 """Texts to token ids, without any special token."""
 
 DOCUMENTS_AT_ONCE = 512
+TOKENS_AT_ONCE = 2**20
+
+Tokens32 = Int32[np.ndarray, " tokens"]
+Rows32 = Int32[np.ndarray, "rows context"]
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,42 @@ class Framing:
         return self.context - len(self.prefix) - len(self.suffix)
 
 
-def pack(documents: Sequence[Ids], framing: Framing) -> Int[np.ndarray, "rows context"]:
-    """Join documents, a separator after each, and cut them into framed rows; the rest is lost."""
-    after = np.array([] if framing.separator is None else [framing.separator], dtype=np.int64)
-    parts = [part for document in documents for part in (document, after)]
-    stream = np.concatenate([*parts, after[:0]])
-    n_rows = len(stream) // framing.body
-    rows = np.empty((n_rows, framing.context), dtype=np.int32)
-    first, last = len(framing.prefix), framing.context - len(framing.suffix)
-    rows[:, :first], rows[:, last:] = framing.prefix, framing.suffix
-    rows[:, first:last] = stream[: n_rows * framing.body].reshape(n_rows, framing.body)
-    return rows
+class Packer:
+    """Joins documents, a separator after each, and cuts them into framed rows."""
+
+    def __init__(self, framing: Framing) -> None:
+        self.framing, self.n_documents, self.n_tokens = framing, 0, 0
+        after = [] if framing.separator is None else [framing.separator]
+        self._after = np.array(after, dtype=np.int32)
+        self._waiting: list[Tokens32] = []
+        self._n_waiting = 0
+        self._rows: list[Rows32] = []
+
+    def add(self, document: Sequence[int]) -> None:
+        """Take one document's tokens."""
+        tokens = np.asarray(document, dtype=np.int32)
+        self._waiting += [tokens, self._after]
+        self._n_waiting += len(tokens) + len(self._after)
+        self.n_documents += 1
+        self.n_tokens += len(tokens)
+        if self._n_waiting > TOKENS_AT_ONCE:
+            self._cut()
+
+    def _cut(self) -> None:
+        body, first = self.framing.body, len(self.framing.prefix)
+        stream = np.concatenate([*self._waiting, self._after[:0]])
+        n_rows = len(stream) // body
+        rows = np.empty((n_rows, self.framing.context), dtype=np.int32)
+        rows[:, :first], rows[:, first + body :] = self.framing.prefix, self.framing.suffix
+        rows[:, first : first + body] = stream[: n_rows * body].reshape(n_rows, body)
+        self._rows.append(rows)
+        self._waiting = [stream[n_rows * body :]]
+        self._n_waiting = len(self._waiting[0])
+
+    def rows(self) -> Rows32:
+        """All whole rows; what is left of the last one is dropped."""
+        self._cut()
+        return np.concatenate(self._rows)
 
 
 def split_key(dataset: Dataset) -> str:
@@ -101,11 +130,12 @@ class PackedText(Dataset):
         self.rows = mapped(self.folder / "tokens.safetensors")
 
     def _write(self, source: Dataset, encode: Encode) -> None:
-        documents, unreadable = encoded(source, encode)
-        rows = {split: pack(documents[split], self.framing) for split in SPLITS}
+        packers = {split: Packer(self.framing) for split in SPLITS}
+        unreadable = fill(packers, source, encode)
+        rows = {split: packers[split].rows() for split in SPLITS}
         for split in SPLITS:
             if not len(rows[split]):
-                n_tokens = sum(map(len, documents[split]))
+                n_tokens = packers[split].n_tokens
                 raise DataError(
                     f"dataset={source.name}: {n_tokens} tokens of {split} text make no row of "
                     f"model.context={self.framing.context}; lower it or give more text"
@@ -117,7 +147,7 @@ class PackedText(Dataset):
                 "source": source.describe(),
                 "framing": asdict(self.framing),
                 "n_rows": {split: len(rows[split]) for split in SPLITS},
-                "n_documents": {split: len(documents[split]) for split in SPLITS},
+                "n_documents": {split: packers[split].n_documents for split in SPLITS},
                 "n_unreadable": len(unreadable),
                 "sha256": sha256(path),
             }
@@ -157,12 +187,11 @@ def mapped(path: Path) -> dict[Split, torch.Tensor]:
         return {split: file.get_tensor(split) for split in SPLITS}
 
 
-def encoded(source: Dataset, encode: Encode) -> tuple[dict[Split, list[Ids]], list[Unreadable]]:
-    """Tokens of every document by split, read in one ascending pass, and what was unreadable."""
+def fill(packers: Mapping[Split, Packer], source: Dataset, encode: Encode) -> list[Unreadable]:
+    """Read and tokenise every document in one ascending pass; what was unreadable is given back."""
     heldout = source.ids("heldout")
     ids = np.sort(np.concatenate([source.ids("train"), heldout]))
     held = np.isin(ids, heldout)
-    documents: dict[Split, list[Ids]] = {split: [] for split in SPLITS}
     unreadable: list[Unreadable] = []
     progress = Progress(f"tokens of {source.name}", len(ids), "documents")
     for start in range(0, len(ids), DOCUMENTS_AT_ONCE):
@@ -172,7 +201,7 @@ def encoded(source: Dataset, encode: Encode) -> tuple[dict[Split, list[Ids]], li
         good = [(example, h) for example, h in loaded if isinstance(example, Example)]
         tokens = encode([example.value for example, _ in good])
         for row, (_, h) in zip(tokens, good, strict=True):
-            documents["heldout" if h else "train"].append(np.asarray(row, dtype=np.int64))
+            packers["heldout" if h else "train"].add(row)
         progress.advance(len(loaded))
     progress.close()
     if unreadable:
@@ -181,4 +210,4 @@ def encoded(source: Dataset, encode: Encode) -> tuple[dict[Split, list[Ids]], li
             "dataset=%s: %d of %d documents could not be read; the first is %d: %s",
             source.name, len(unreadable), len(ids), first.id, first.reason,
         )  # fmt: skip
-    return documents, unreadable
+    return unreadable
