@@ -1,0 +1,72 @@
+"""`sae-run sites`: every tensor of a model that an SAE can be trained on, without its weights."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from sae_runner.commands.job import Job
+from sae_runner.commands.listing import show_table
+from sae_runner.config import convert
+from sae_runner.data import build_dataset
+from sae_runner.models import MODELS, build_model
+from sae_runner.models.base import Model, SiteInfo
+from sae_runner.site import resolve_sites
+
+
+def main(job: Job) -> None:
+    """Print one line for each site, in the order of the computation.
+
+    Raises:
+        ConfigError: an option of the model is wrong, or it has no site of that name.
+    """
+    cfg = job.cfg
+    wanted = convert(cfg["site"]["name"], str | list[str], "site.name")
+    context = convert(cfg["model"].get("context"), int | None, "model.context")
+    model = without_weights(cfg, Path(cfg["outputs"]).expanduser())
+    infos = resolve_sites(wanted, model.sites())
+    # Compared, not resolved: with other layers the default may be no site of this model.
+    default = cfg["model"].get("site")
+    columns = {
+        "site": [info.name for info in infos],
+        "name in the host": [info.module for info in infos],
+        "tokens × d": [shape(info, context) for info in infos],
+        "layout": [layout(info) for info in infos],
+        "": ["default" if default in (info.name, info.module) else "" for info in infos],
+    }
+    show_table(columns, right=["tokens × d"])
+
+
+def without_weights(cfg: dict[str, Any], outputs: Path) -> Model:
+    """The model on the meta device; the dataset is loaded only for a host that asks for it."""
+    import torch
+
+    host = MODELS[str(cfg["model"].get("type"))]
+    needs_data = "dataset" in inspect.signature(host).parameters
+    dataset = build_dataset(cfg["dataset"], outputs=outputs) if needs_data else None
+    return build_model(
+        cfg["model"], device=torch.device("meta"), dataset=dataset, outputs=outputs, meta=True
+    )
+
+
+def shape(info: SiteInfo, context: int | None) -> str:
+    """Tokens of an example and numbers of a token; a text has at most `context` tokens."""
+    tokens = str(info.n_tokens or (f"≤{context}" if context else "any"))
+    return f"{tokens} × {info.d}"
+
+
+def layout(info: SiteInfo) -> str:
+    """What the tokens are: `class + 4 registers + 16 × 16 patches`."""
+    if info.kind == "vector":
+        return "one vector"
+    if info.kind == "map":
+        return "map of {} × {} cells".format(*info.grid) if info.grid else "map"
+    parts = ["class"] if info.has_cls else []
+    if (registers := info.n_prefix - info.has_cls) > 0:
+        parts.append(f"{registers} registers")
+    if info.grid:
+        parts.append("{} × {} patches".format(*info.grid))
+    elif info.n_tokens is None:
+        parts.append("text")
+    elif info.n_tokens > info.n_prefix:
+        parts.append(f"{info.n_tokens - info.n_prefix} tokens")
+    return " + ".join(parts)
