@@ -78,7 +78,8 @@ def layout(network: nn.Module, architecture: str, root: nn.Module | None = None)
     paths = {module: path for path, module in (root or network).named_modules()}
     heads = {"q": int(cfg.n_heads), "z": int(cfg.n_heads)}
     heads |= dict.fromkeys("kv", int(cfg.n_key_value_heads or cfg.n_heads))
-    columns = _fused_columns(blocks[0], split) if split and "qkv" in blocks[0] else {}
+    with no_init_weights():
+        columns = _fused_columns(blocks[0], split) if split and "qkv" in blocks[0] else {}
     taps, hooks = {"embed": Tap(paths[embed])}, {"embed": "hook_embed"}
     for i, roles in enumerate(blocks):
         where = {role: paths[module] for role, module in roles.items() if module in paths}

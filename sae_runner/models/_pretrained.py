@@ -53,7 +53,9 @@ def from_config(
     config: Any, source: str, revision: str | None, dtype: torch.dtype, *, meta: bool
 ) -> Pretrained:
     """`load`, where the configuration is known; with `meta` nothing is read."""
-    with quiet():
+    # Layers draw weights when they are made, before theirs are put in: from a copy of the global
+    # generator.
+    with quiet(), torch.random.fork_rng(devices=[]):
         from transformer_lens.model_bridge.sources.transformers import (
             determine_architecture_from_hf_config,
             get_hf_model_class_for_architecture,
