@@ -178,7 +178,7 @@ class Images(Dataset):
             caption = caption[0] if caption else None
         if caption is None and self.template and self.label_names and label is not None:
             caption = self.template.format(self.label_names[label])
-        return Example(i, image, label, caption)
+        return Example(i, image, label, caption.strip() if caption else None)
 
     def _label(self, row: Mapping[str, Any]) -> int | None:
         value = row.get(self.columns["label_column"] or "")

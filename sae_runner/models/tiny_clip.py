@@ -215,7 +215,10 @@ class TinyCLIP(OpenCLIP):
         zero_shot = None
         if dataset.label_names:
             zero_shot = self.zero_shot_accuracy(dataset, "heldout", templates)
-            log.info("tiny_clip: zero-shot accuracy on held-out images %s", zero_shot)
+            right = "unknown" if zero_shot["n"] == 0 else f"{100 * zero_shot['accuracy']:.1f}%"
+            log.info(
+                "tiny_clip: zero-shot accuracy %s on %d held-out images", right, zero_shot["n"]
+            )
         facts = {
             "type": "tiny_clip",
             "architecture": shape,

@@ -133,7 +133,7 @@ def test_a_folder_of_pictures_in_folders(tmp_path):
 def webdataset(path: Path, n: int) -> Path:
     with tarfile.open(path, "w") as tar:
         for i in range(n):
-            for suffix, data in ((".png", png(i)), (".txt", f"number {i}".encode())):
+            for suffix, data in ((".png", png(i)), (".txt", f"number {i}\n".encode())):
                 info = tarfile.TarInfo(f"{i:04d}{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))

@@ -257,9 +257,10 @@ def test_gradients_flow(models, name):
     model.record(inputs, [site])[site].square().sum().backward()
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0
 
-    gain = torch.ones((), requires_grad=True)
-    model.splice(inputs, {site: lambda x: x * gain}).sum().backward()
-    assert gain.grad is not None and gain.grad != 0
+    for edited in {site, site.replace("post", "mid")}:
+        gain = torch.ones((), requires_grad=True)
+        model.splice(inputs, {edited: lambda x, gain=gain: x * gain}).sum().backward()
+        assert gain.grad is not None and gain.grad != 0
 
 
 # -- Inputs and texts ----------------------------------------------------------------------------
