@@ -93,7 +93,8 @@ class Progress:
         rate = (self.done - self.first) / max(now - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         share = f"{100 * self.done / self.total:.0f}%" if self.total else "?"
-        text = f"{self.what} {self.done:,}/{self.total:,} {self.unit}, {share}, {rate:,.0f}/s"
+        speed = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+        text = f"{self.what} {self.done:,}/{self.total:,} {self.unit}, {share}, {speed}"
         if left != float("inf"):
             text += f", {duration(max(left, 0))} left"
         return text + (f", {self.note}" if self.note else "")

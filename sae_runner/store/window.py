@@ -4,7 +4,7 @@ Disk and stream compute windows by the same function, so both give the same rows
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,8 +97,11 @@ def compute_window(
     batch_size: int,
     workers: int,
     dtype: str,
+    on_batch: Callable[[int], None] = lambda _: None,
 ) -> WindowRows:
     """Run one window's examples through the model and shuffle the selected rows.
+
+    `on_batch` is told after each batch how many examples it had, unreadable ones included.
 
     Raises:
         DataError: a row is NaN or infinite, or overflows `dtype`; the example is named.
@@ -110,6 +113,7 @@ def compute_window(
     for inputs, unreadable in load_batches(dataset, model, ids, batch_size, workers):
         bad += unreadable
         if inputs is None:
+            on_batch(len(unreadable))
             continue
         with torch.no_grad():
             found = model.record(inputs.to(model.device), [info.name for info in infos])
@@ -123,6 +127,7 @@ def compute_window(
                 position.append(positions)
                 if inputs.labels is not None:
                     label.append(inputs.labels[rows_of].int())
+        on_batch(len(inputs) + len(unreadable))
     if not example_id:  # Whether so many unreadable examples are too many is not decided here.
         rows = {info.name: torch.empty(0, info.d, dtype=DTYPES[dtype]) for info in infos}
         none = torch.empty(0, dtype=torch.int32)
