@@ -22,30 +22,34 @@ log = logging.getLogger("sae_runner")
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it, flushed to disk, when the block succeeds.
+    """A temporary path of the same name that replaces `path`, on disk, when the block succeeds.
 
-    The block may write a file or make a folder there. On any failure nothing is left behind.
+    The block may write a file or make a folder there. It has a folder to itself, so that what a
+    library puts beside the file goes too. On any failure nothing is left behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
-    remove(temporary)
+    scratch = path.parent / f".{path.name}.{os.getpid()}.partial"
+    remove(scratch)
+    scratch.mkdir(parents=True)
+    temporary, old = scratch / path.name, scratch / f"{path.name}.old"
     try:
         yield temporary
         for written in [temporary, *temporary.rglob("*")]:  # Folders too: their entries count.
             flush(written)
-        if path.is_dir():
-            # A folder cannot replace a full one in one step: move the old one out of the way.
-            old = path.parent / f".{path.name}.{os.getpid()}.old"
+        if path.is_dir():  # A folder cannot replace a full one in one step.
             path.rename(old)
-            temporary.rename(path)
-            remove(old)
-        else:
-            temporary.replace(path)
+        temporary.replace(path)
         flush(path.parent)
-    except BaseException:
-        remove(temporary)
-        raise
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        remove(scratch)
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what processes that were killed left behind; the caller holds the lock."""
+    for path in folder.glob(".*.partial"):
+        remove(path)
 
 
 def flush(path: Path) -> None:

@@ -4,6 +4,7 @@ outputs/stores/<model>-<dataset>-<fingerprint>/
     store.json                        model, data, options; every site of the model
     <site>-<tokens>/
         manifest.json                 written last: a folder without it is unfinished
+        .windows/                     while it is written: a record of each window that is done
         stats.safetensors             train.mean, heldout.mean [d] float64
         train-00000.safetensors …     activations [n, d], norm [n], example_id [n], position [n]
         heldout-00000.safetensors …   (and label [n] where the dataset has labels)
@@ -30,8 +31,13 @@ def selection_dir(store_dir: Path, site: str, selection: TokenSelection) -> Path
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a selection is written to its end."""
-    return (folder / "manifest.json").is_file()
+    """Whether a selection is written to its end, and nothing of the writing is left."""
+    return (folder / "manifest.json").is_file() and not records_dir(folder).exists()
+
+
+def records_dir(folder: Path) -> Path:
+    """Where a selection keeps a record of each window while it is being written."""
+    return folder / ".windows"
 
 
 def read_json(path: Path, schema: str, what: str) -> dict[str, Any]:

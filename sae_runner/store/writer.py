@@ -25,7 +25,9 @@ from sae_runner.store.manifest import (
     SELECTION_SCHEMA,
     STORE_SCHEMA,
     check_same_source,
+    is_complete,
     read_json,
+    records_dir,
     selection_dir,
     site_to_json,
 )
@@ -38,6 +40,7 @@ def begin_store(
     store_dir: Path, model: Model, dataset: Dataset, config: dict[str, Any], names: dict[str, str]
 ) -> None:
     """Write store.json, or check that the one there is of the same weights and data."""
+    files.remove_partials(store_dir)
     fingerprints = (model.fingerprint(), dataset.fingerprint())
     if (store_dir / "store.json").exists():
         store = read_json(store_dir / "store.json", STORE_SCHEMA, "activation store")
@@ -83,11 +86,16 @@ def write_selections(
         DataError: NaN, Inf or overflow in an activation; more than `max_bad` unreadable examples.
         InputError: not enough disk.
     """
-    folders = {info.name: selection_dir(store_dir, info.name, selection) for info in infos}
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob(".*.partial"):
-            files.remove(partial)
+    every = {info: selection_dir(store_dir, info.name, selection) for info in infos}
+    for folder in every.values():
+        if (folder / "manifest.json").is_file():
+            files.remove(records_dir(folder))
+        files.remove_partials(folder)
+        files.remove_partials(records_dir(folder))
+    infos = [info for info in infos if not is_complete(every[info])]
+    folders = {info.name: every[info] for info in infos}
+    if not infos:
+        return
     todo: dict[bool, list[tuple[Split, int]]] = {True: [], False: []}
     for split in SPLITS:
         for window in range(plan.n_windows(split)):
@@ -106,13 +114,14 @@ def write_selections(
             rows = compute_window(
                 model, dataset, infos, selection, plan, split, window,
                 batch_size=batch_size, workers=workers, dtype=dtype,
+                on_batch=progress.advance,
             )  # fmt: skip
             n_bad += len(rows.bad)
             check_bad(rows.bad, n_bad, n_examples, max_bad)
             if writing:
                 writing.result()  # At most one window waits to be written: memory stays bounded.
             writing = pool.submit(_write_window, folders, split, window, rows)
-            progress.advance(len(plan.examples(split, window)), f"{n_bad} unreadable")
+            progress.advance(0, f"{n_bad} unreadable" if n_bad else "")
         if writing:
             writing.result()
     progress.close()
@@ -121,13 +130,16 @@ def write_selections(
 
 
 def _done(folder: Path, split: Split, window: int) -> bool:
-    record = folder / f"{split}-{window:05d}.json"
-    return record.is_file() and record.with_suffix(".safetensors").is_file()
+    return _record(folder, split, window).is_file()
 
 
 def _bad(folder: Path, split: Split, window: int) -> list[Any]:
-    found: list[Any] = json.loads((folder / f"{split}-{window:05d}.json").read_text())["bad"]
+    found: list[Any] = json.loads(_record(folder, split, window).read_text())["bad"]
     return found
+
+
+def _record(folder: Path, split: Split, window: int) -> Path:
+    return records_dir(folder) / f"{split}-{window:05d}.json"
 
 
 def _write_window(folders: dict[str, Path], split: Split, window: int, rows: WindowRows) -> None:
@@ -153,7 +165,7 @@ def _write_window(folders: dict[str, Path], split: Split, window: int, rows: Win
             "sum_square_norm": float(norms.square().sum()),
             "bad": [bad._asdict() for bad in rows.bad],
         }
-        files.write_json(folder / f"{split}-{window:05d}.json", record)
+        files.write_json(_record(folder, split, window), record)
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -171,7 +183,7 @@ def _finish(
     """Gather the records into the manifest, which makes the selection complete."""
     splits, means, bad = {}, {}, []
     for split in SPLITS:
-        paths = [folder / f"{split}-{w:05d}.json" for w in range(plan.n_windows(split))]
+        paths = [_record(folder, split, w) for w in range(plan.n_windows(split))]
         records = [json.loads(path.read_text()) for path in paths]
         n_rows = sum(r["rows"] for r in records)
         if not n_rows:
@@ -208,6 +220,4 @@ def _finish(
             "unreadable": bad,
         },
     )
-    for split in SPLITS:
-        for path in folder.glob(f"{split}-*.json"):
-            path.unlink()
+    files.remove(records_dir(folder))
