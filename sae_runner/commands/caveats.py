@@ -39,14 +39,14 @@ def warnings_about(
     return found
 
 
-def space_warnings(pipeline: Pipeline, store_bytes: int, run_bytes: int) -> list[str]:
-    """What will not fit on the disk that `outputs` is on."""
-    free = files.free_bytes(pipeline.outputs)
+def space_warnings(
+    pipeline: Pipeline, store_bytes: int, run_bytes: int, *, at_most: bool = False
+) -> list[str]:
+    """What will not fit on the disk that `outputs` is on; `at_most` the store takes that much."""
+    free, most = files.free_bytes(pipeline.outputs), "at most " if at_most else ""
     if store_bytes > free:
-        return [f"store needs {files.size(store_bytes)}, {files.size(free)} free"]
+        return [f"store needs {most}{files.size(store_bytes)}, {files.size(free)} free"]
     if store_bytes + run_bytes > free:
-        return [
-            f"store and checkpoints need {files.size(store_bytes + run_bytes)}, "
-            f"{files.size(free)} free"
-        ]
+        both = files.size(store_bytes + run_bytes)
+        return [f"store and checkpoints need {most}{both}, {files.size(free)} free"]
     return []

@@ -1,0 +1,158 @@
+"""What caching and training will hold in memory at once, in bytes: estimates from shapes alone."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_runner.commands.pipeline import Pipeline
+from sae_runner.models.base import HookedModel, Model, SiteInfo
+from sae_runner.saes.base import SAE
+from sae_runner.store.window import DTYPES
+
+N_SAMPLE = 32768
+"""Rows that an SAE's initialisation looks at."""
+
+
+class Part(NamedTuple):
+    """Something that is held at the peak."""
+
+    what: str
+    n_bytes: float
+    where: Literal["host", "device"]
+
+
+def caching(pipeline: Pipeline, infos: Sequence[SiteInfo], n_rows: int) -> list[Part]:
+    """Writing the selections of `infos`, of `n_rows` training rows, in one pass of the model."""
+    batch, options = pipeline.loading.batch_size, pipeline.store_options
+    names = [info.name for info in infos]
+    weights, forward = model_bytes(pipeline.shapes, names, batch, pipeline.context)
+    tokens = [(info.n_tokens or pipeline.context or 1) * info.d for info in infos]
+    window = min(n_rows, options.window_rows)
+    columns = [window * (i.d * DTYPES[options.dtype].itemsize + 16) for i in infos]
+    return [
+        Part("model", weights, "device"),
+        Part("layers of a batch", forward + 4 * batch * sum(tokens), "device"),
+        # One window as it is collected, with its largest site joined and shuffled, while the
+        # window before it is being written.
+        Part("windows", (2 if n_rows > window else 1) * sum(columns) + 2 * max(columns), "host"),
+    ]
+
+
+def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
+    """Training, with rows from a store of `n_rows`."""
+    options, store = pipeline.train_options, pipeline.store_options
+    size = sum(p.numel() * p.element_size() for p in sae.parameters())
+    batch = options.micro_batch_size or options.batch_size
+    row = 4 * sae.d_in
+    mixed = min(n_rows, max(store.mix_rows, store.window_rows))
+    sample = 3 * min(n_rows, N_SAMPLE) * row  # With the temporaries of a geometric median.
+    parts = [
+        Part("parameters", size, "device"),
+        Part("gradients", size, "device"),
+        Part("Adam's moments", 2 * size, "device"),
+        # Normalising the decoder, or the copy that a checkpoint is written from.
+        Part("temporaries of a step", max(2 * size, sample), "device"),
+        Part("activations of a batch", batch * (3 * 4 * sae.d_sae + 6 * row), "device"),
+        Part("rows mixed", mixed * (sae.d_in * DTYPES[store.dtype].itemsize + 24), "host"),
+        Part("batches read ahead", (store.prefetch + 2) * options.batch_size * row, "host"),
+    ]
+    if store.kind == "stream":
+        parts += caching(pipeline, [pipeline.site], n_rows)
+    return parts
+
+
+def model_bytes(
+    model: Model, sites: Sequence[str], batch_size: int, context: int | None
+) -> tuple[float, float]:
+    """Bytes of a network's weights, and of its largest layer on the way to `sites`, on a batch.
+
+    The layer counts three times: what it takes, what it gives, and what it works on.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not isinstance(model, HookedModel):
+        return weights, 0.0
+    largest = 0
+
+    def measure(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal largest
+        for value in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(value, Tensor):
+                largest = max(largest, value.numel() * value.element_size())
+
+    handles = [module.register_forward_hook(measure) for module in model.network.modules()]
+    try:
+        probe = model.probe(2)
+        with torch.no_grad():
+            model.record(probe, sites)
+    finally:
+        for handle in handles:
+            handle.remove()
+    n_seen = 2.0
+    if context and "tokens" in probe.tensors:  # Made-up texts are short.
+        n_seen *= probe.tensors["tokens"].shape[1] / context
+    return weights, 3 * largest * batch_size / n_seen
+
+
+def summary(parts: Sequence[Part], device: str) -> str:
+    """`about 1.2 GB`, or host and device apart, with what makes up most of it."""
+    base = Part("libraries and data", resident(), "host")
+    every = [base, *parts]
+    if device == "cpu":
+        total = f"about {gigabytes(sum(part.n_bytes for part in every))}"
+    else:
+        host = sum(part.n_bytes for part in every if part.where == "host")
+        total = f"about {gigabytes(host)} and {gigabytes(sum_on_device(parts))} on {device}"
+    least = 0.02 * sum(part.n_bytes for part in every)
+    largest = [p for p in sorted(every, key=lambda p: -p.n_bytes)[:4] if p.n_bytes > least]
+    listed = ", ".join(f"{part.what} {gigabytes(part.n_bytes)}" for part in largest)
+    return f"{total}: {listed}"
+
+
+def sum_on_device(parts: Sequence[Part]) -> float:
+    """What lies on the device that computes."""
+    return sum(part.n_bytes for part in parts if part.where == "device")
+
+
+def shortage(what: str, parts: Sequence[Part], device: str) -> list[str]:
+    """A warning if the estimate is more than there is."""
+    on_device = sum_on_device(parts) if device != "cpu" else 0.0
+    on_host = sum(part.n_bytes for part in parts) - on_device
+    found = []
+    for n_bytes, free, where in (
+        (on_host, free_memory(), "memory"),
+        (on_device, free_on(device), f"memory of {device}"),
+    ):
+        if free is not None and n_bytes > free:
+            found.append(f"{what} needs about {gigabytes(n_bytes)} of {where}, "
+                         f"{gigabytes(free)} free")  # fmt: skip
+    return found
+
+
+def free_memory() -> int | None:
+    """Memory that a process could still get, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def free_on(device: str) -> int | None:
+    """Free memory of a CUDA device."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
+
+
+def resident() -> int:
+    """The most memory that this process has had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gigabytes(n_bytes: float) -> str:
+    """Two digits are all that an estimate has."""
+    return f"{float(f'{n_bytes / 1e9:.2g}'):g} GB"
