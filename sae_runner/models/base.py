@@ -284,7 +284,7 @@ class HookedModel(Model):
             return self.forward(inputs)
 
     def resume_from(self, site: str, x: Float[Tensor, "n t d"], state: Inputs) -> Tensor:
-        """See `Model.resume_from`; blocks before a block's input or output are left out.
+        """See `Model.resume_from`; blocks up to a block's input or output are left out.
 
         Elsewhere the whole network runs again with the site replaced.
         """
@@ -293,13 +293,20 @@ class HookedModel(Model):
                 raise ValueError(f"{len(x)} rows are no multiple of the {len(state)} in the state")
             repeats = len(x) // len(state)
             state = state.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-        tap, modules = self._taps([site])[site], self.modules()
-        skipped: Sequence[str] = ()
-        whole = tap.columns is None and tap.item is None
-        if whole and tap.module in self.block_paths:
-            skipped = self.block_paths[: list(self.block_paths).index(tap.module)]
-        with self._lock, left_out([modules[path] for path in skipped]):
+        modules = self.modules()
+        with self._lock, left_out([modules[path] for path in self._needless(site)]):
             return self.splice(state, {site: lambda _: x})
+
+    def _needless(self, site: str) -> Sequence[str]:
+        """Blocks that what lies after a site does not need, once the site is known."""
+        every = self.taps()
+        tap, blocks = self._taps([site])[site], list(self.block_paths)
+        if tap.module not in blocks or tap.columns is not None:
+            return ()
+        skipped = blocks[: blocks.index(tap.module) + (tap.side == "output")]
+        # A block that gives a tuple cannot be left out: it would hand on a bare tensor.
+        tuples = {t.module for t in every.values() if t.item is not None}
+        return () if tuples & set(skipped) else skipped
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `Model.parameters`."""

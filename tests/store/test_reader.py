@@ -120,6 +120,24 @@ def test_epochs_and_seeds_have_orders_of_their_own(world):
         assert same_place < 8  # Expected: 1.
 
 
+def test_groups_of_an_epoch_have_permutations_of_their_own(world):
+    """One for all would tie the place of a row in one group to that of another."""
+    world.dataset = type(world.dataset)(same=7)
+    world.window_rows = 35
+    store = world.store(mix_rows=35)
+    place = {
+        (int(i), int(p)): row
+        for w in range(store.n_windows("train"))
+        for row, (i, p) in enumerate(
+            zip(store.window("train", w)["example_id"], store.window("train", w)["position"],
+                strict=True)
+        )
+    }  # fmt: skip
+    order = [place[tokens_of(batch.x)[0]] for batch in take(store, 35 * 9, 1)]
+    groups = {tuple(order[start : start + 35]) for start in range(0, len(order), 35)}
+    assert len(groups) == 9 and all(sorted(group) == list(range(35)) for group in groups)
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_ranks_share_each_batch(world, world_size):
     store = world.store(mix_rows=100)
