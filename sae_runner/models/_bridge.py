@@ -207,8 +207,8 @@ def _fused_columns(roles: Mapping[str, nn.Module], split: Any) -> dict[str, list
     weight: Any = module._parameters["weight"]
     by_rows = isinstance(module, nn.Linear)  # Conv1D keeps [in, out].
     n = weight.shape[0] if by_rows else weight.shape[1]
-    labels = torch.arange(n, dtype=torch.float64).unsqueeze(1 if by_rows else 0)
-    module._parameters["weight"] = nn.Parameter(labels.expand(weight.shape).clone())
+    labels = torch.arange(n, dtype=torch.float32).unsqueeze(1 if by_rows else 0)
+    module._parameters["weight"] = nn.Parameter(labels.expand(weight.shape))
     try:
         parts = split(roles["attn"])
     finally:
