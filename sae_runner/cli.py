@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,9 +43,14 @@ def main() -> None:
     """Dispatch `sae-run COMMAND ...`; everything after the command belongs to Hydra."""
     try:
         dispatch()
-    except BrokenPipeError:  # `sae-run … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        unheard()
+
+
+def unheard() -> NoReturn:
+    """End quietly when nobody reads on (`sae-run … | head`)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 def dispatch() -> None:
@@ -196,6 +201,8 @@ def run(cfg: "DictConfig") -> None:
     command = str(hydra.job.name)
     try:
         importlib.import_module(f"sae_runner.commands.{command}").main(job_of(cfg))
+    except BrokenPipeError:
+        unheard()  # Here already: Hydra would report it.
     except Exception as error:
         from sae_runner.explain import explain
 

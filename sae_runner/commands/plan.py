@@ -145,7 +145,10 @@ class Plan:
         """Of the one SAE."""
         if self.sae is None:
             return []
-        return memory.training(self.pipeline, self.sae, self.rows[self.infos[0].name].n["train"])
+        n_rows = self.rows[self.infos[0].name].n["train"]
+        parts = memory.training(self.pipeline, self.sae, n_rows)
+        # A process that has cached keeps the model.
+        return parts + self.memory_of_caching()[:1] if self.on_disk else parts
 
     # -- Lines -----------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class Measured(NamedTuple):
         took = duration(total * self.seconds_each)
         rate = 1 / max(self.seconds_each, 1e-9)
         per_s = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-        return f"about {took} for {total:,} {what} ({self.n} {self.unit} measured, {per_s}/s)"
+        return f"about {took} for {total:,} {what} ({self.unit} measured: {self.n}; {per_s}/s)"
 
 
 class RowsInMemory(Activations):

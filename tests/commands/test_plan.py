@@ -1,6 +1,8 @@
 import collections
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -107,8 +109,13 @@ def test_nothing_at_all_is_written(plan, outputs, tmp_path, snapshot, monkeypatc
 def test_the_probe_measures_both_parts_or_what_is_left_of_them(plan, trained):
     lines = plan("plan.probe=true", "dataset.seed=1", "model.batch_size=100")
     caching, training = lines["time"]
-    assert caching.startswith("caching about ") and "for 3,000 examples (8 batches m" in caching
-    assert training.startswith("training about ") and "for 8 steps (20 steps measured" in training
+    assert (
+        caching.startswith("caching about ")
+        and "for 3,000 examples (batches measured: 8; " in caching
+    )
+    assert (
+        training.startswith("training about ") and "for 8 steps (steps measured: 20; " in training
+    )
     assert "noise" not in training
     (training,) = plan("plan.probe=true", outputs=trained)["time"]
     assert training.startswith("training about ")
@@ -196,6 +203,17 @@ def test_help_cfg_and_typos_on_the_command_line(in_process, tmp_path, capsys):
     assert in_process("plan", "model=toi") == 2
     assert "Did you mean 'toy'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "sae_runner", "plan", "model=toy", "dataset.n_examples=3000"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.wait(60) == 1
+    with process.stderr as stderr:
+        assert stderr.read() == ""
 
 
 def test_plan_takes_every_key_of_train(compose_job):

@@ -28,7 +28,7 @@ def pipeline(compose_job, small, tmp_path):
 
 def test_what_is_said_is_what_was_measured_times_what_there_is():
     text = Measured(8, "batches", 0.002).line(50_000, "examples")
-    assert text == "about 1m40s for 50,000 examples (8 batches measured, 500/s)"
+    assert text == "about 1m40s for 50,000 examples (batches measured: 8; 500/s)"
     assert "0.125/s" in Measured(1, "steps", 8.0).line(10, "steps")
 
 
