@@ -111,14 +111,17 @@ class TextHost(HookedModel):
         Raises:
             ConfigError: the dataset holds no text.
         """
+        self._refuse_other(dataset)
+        if dataset.modality == "tokens" or getattr(dataset, "kind", None) != "corpus":
+            return dataset
+        return self._packed(dataset)
+
+    def _refuse_other(self, dataset: Dataset) -> None:
         if dataset.modality not in ("text", "tokens"):
             raise ConfigError(
                 f"model.weights={self.weights} reads text, but dataset={dataset.name} holds "
                 f"{dataset.modality}: choose a dataset of text"
             )
-        if dataset.modality == "tokens" or getattr(dataset, "kind", None) != "corpus":
-            return dataset
-        return self._packed(dataset)
 
     def _packed(self, dataset: Dataset) -> PackedText:
         tokens, folder = self.tokens, Path(self.outputs) / "data"
@@ -162,6 +165,7 @@ class TransformerLensHost(TextHost):
         device: where it runs.
         meta: True for shapes only; nothing is read but the configuration.
         outputs: folder under which packed text is kept.
+        dataset: what it will read, to refuse at once what is no text; None if that is not known.
         weights: hub name, local folder, or `package:NAME` for weights in an installed package.
         revision: branch, tag or commit on the hub.
         context: tokens of an example, special ones included.
@@ -174,6 +178,7 @@ class TransformerLensHost(TextHost):
         device: torch.device,
         meta: bool,
         outputs: Path,
+        dataset: Dataset | None = None,
         *,
         weights: str,
         revision: str | None,
@@ -183,5 +188,7 @@ class TransformerLensHost(TextHost):
     ) -> None:
         super().__init__()
         self.weights, self.revision, self.precision = weights, revision, precision
+        if dataset is not None:
+            self._refuse_other(dataset)
         loaded = load(weights, revision, getattr(torch, precision), meta=meta)
         self._set_up(loaded, device, outputs, context, prepend_bos)

@@ -31,8 +31,10 @@ SIZES = {
 }  # fmt: skip
 
 
-def build(tmp_path: Path, meta: bool = False, **options):
-    return build_model(OPTIONS | options, device=torch.device("cpu"), meta=meta, outputs=tmp_path)
+def build(tmp_path: Path, meta: bool = False, dataset=None, **options):
+    return build_model(
+        OPTIONS | options, device=torch.device("cpu"), meta=meta, outputs=tmp_path, dataset=dataset
+    )
 
 
 def batch(model, texts=TEXTS):
@@ -579,10 +581,12 @@ def test_encoders_pack_between_cls_and_sep(tmp_path, corpus):
     assert packed.describe()["n_documents"] == {"train": 30, "heldout": 10}
 
 
-def test_what_is_no_running_text_stays_as_it_is(minilm):
+def test_what_is_no_text_is_refused(minilm):
     digits = Digits(heldout=0.2, n_examples=None, n_heldout=None, seed=0)
     with pytest.raises(ConfigError, match="reads text, but dataset=digits holds image"):
         minilm.adapt(digits)
+    with pytest.raises(ConfigError, match="reads text, but dataset=digits holds image"):
+        build(Path("unused"), weights="never/looked-up", dataset=digits)
 
 
 def test_too_little_text_for_a_row_is_refused(folders, tmp_path):
