@@ -23,7 +23,7 @@ COMPOSITIONS: dict[str, list[str]] = {
     **{f"sae={sae}": ["model=toy", f"sae={sae}"] for sae in options_of("sae")},
     "model=toy store=stream": ["model=toy", "store=stream", "dataset.n_examples=4096"],
     "model=tiny_clip": ["model=tiny_clip", "model.epochs=1", *DIGITS],
-    "model=tiny_lm": ["model=tiny_lm", "model.steps=5", "dataset.n_examples=40"],
+    "model=tiny_lm": ["model=tiny_lm", "model.n_steps=5", "dataset.n_examples=40"],
     "model=minilm": ["model=minilm", "dataset=stdlib_text", "dataset.n_examples=20"],
     "model=clip_vit_b32": ["model=clip_vit_b32", "model.weights=random", "site.tokens=cls",
                            *DIGITS],

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import HookedModel, Model, SiteInfo
 from sae_runner.saes.base import SAE
-from sae_runner.store.window import DTYPES
 
 N_SAMPLE = 32768
 """Rows that an SAE's initialisation looks at."""

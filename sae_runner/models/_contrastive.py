@@ -147,7 +147,7 @@ def train(
     for _ in range(recipe.epochs):
         order = torch.randperm(len(pairs), generator=generator)
         losses = []
-        for chosen in order[: steps_per_epoch * batch].split(batch):
+        for chosen in order[: steps_per_epoch * batch].split(batch):  # type: ignore[no-untyped-call]
             pixels = normalise(pairs.pixels[chosen].to(device))
             pixels = shifted(pixels, recipe.shift, recipe.flip, generator)
             texts, groups = described(pairs, chosen, generator)
@@ -159,7 +159,7 @@ def train(
                 groups.to(device),
             )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             schedule.step()

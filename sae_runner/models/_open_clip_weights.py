@@ -5,14 +5,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from sae_runner.errors import ConfigError, did_you_mean
-
-Precision = Literal["fp32", "fp16", "bf16"]
+from sae_runner.models._precision import Precision
 
 log = logging.getLogger("sae_runner")
 

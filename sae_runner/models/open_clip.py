@@ -15,13 +15,13 @@ from sae_runner.errors import ConfigError
 from sae_runner.models import MODELS
 from sae_runner.models._open_clip_sites import find_sites
 from sae_runner.models._open_clip_weights import (
-    Precision,
     build_network,
     find_weights,
     first_line,
     load_weights,
     trained_with,
 )
+from sae_runner.models._precision import Precision
 from sae_runner.models.base import HookedModel, Inputs, Tap, weights_hash
 
 log = logging.getLogger("sae_runner")

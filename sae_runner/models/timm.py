@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,11 +15,9 @@ from sae_runner.data.base import Example
 from sae_runner.errors import ConfigError, did_you_mean
 from sae_runner.models import MODELS
 from sae_runner.models._artefact import assign, load, seeded
+from sae_runner.models._precision import DTYPES, Precision
 from sae_runner.models._timm_sites import find_sites
 from sae_runner.models.base import HookedModel, Inputs, Tap, weights_hash
-
-Precision = Literal["fp32", "fp16", "bf16"]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 log = logging.getLogger("sae_runner")
 

@@ -13,9 +13,10 @@ from sae_runner.data.base import Dataset
 from sae_runner.errors import ConfigError
 from sae_runner.files import atomic, locked
 from sae_runner.models import MODELS
+from sae_runner.models._precision import DTYPES, Precision
 from sae_runner.models._pretrained import from_config, load
 from sae_runner.models._tiny_training import Recipe, make
-from sae_runner.models.transformer_lens import Precision, TextHost
+from sae_runner.models.transformer_lens import TextHost
 
 log = logging.getLogger("sae_runner")
 
@@ -82,7 +83,7 @@ class TinyLM(TextHost):
             vocab_size, n_layers, d_model, n_heads, context, prepend_bos, n_steps, rows_per_step,
             learning_rate, seed,
         )  # fmt: skip
-        dtype = getattr(torch, precision)
+        dtype = DTYPES[precision]
         self.revision, self.precision = None, precision
         if meta and weights is None:
             self.weights = "tiny_lm"

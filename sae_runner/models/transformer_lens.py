@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,10 @@ from sae_runner.data._packed import PackedText
 from sae_runner.data.base import Dataset, Example
 from sae_runner.errors import ConfigError
 from sae_runner.models import MODELS
+from sae_runner.models._precision import DTYPES, Precision
 from sae_runner.models._pretrained import Pretrained, load, load_tokenizer
 from sae_runner.models._tokens import Tokens
 from sae_runner.models.base import HookedModel, Inputs, SiteInfo, Tap, weights_hash
-
-Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class TextHost(HookedModel):
@@ -190,5 +189,5 @@ class TransformerLensHost(TextHost):
         self.weights, self.revision, self.precision = weights, revision, precision
         if dataset is not None:
             self._refuse_other(dataset)
-        loaded = load(weights, revision, getattr(torch, precision), meta=meta)
+        loaded = load(weights, revision, DTYPES[precision], meta=meta)
         self._set_up(loaded, device, outputs, context, prepend_bos)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sae_runner.data.base import Dataset, Ids, Split, Unreadable
 from sae_runner.errors import DataError
+from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.site import TokenSelection
 from sae_runner.store.loading import load_batches
 
 log = logging.getLogger("sae_runner")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 OPTIONS = {
     "type": "tiny_lm", "weights": None, "vocab_size": 300, "n_layers": 2, "d_model": 32,
     "n_heads": 2, "context": 16, "prepend_bos": True, "n_steps": 60, "rows_per_step": 16,
-    "learning_rate": 0.01, "seed": 0, "precision": "float32",
+    "learning_rate": 0.01, "seed": 0, "precision": "fp32",
 }  # fmt: skip
 WORDS = ["cat", "sat", "on", "the", "mat", "dog", "ran", "to", "a", "hat"]
 
@@ -145,7 +145,7 @@ def test_what_decides_the_weights_decides_the_folder(model, outputs, monkeypatch
     ):  # fmt: skip
         with pytest.raises(KeyboardInterrupt):
             build(outputs, **options)
-    build(outputs, precision="bfloat16")  # How it runs is no part of how it was made.
+    build(outputs, precision="bf16")  # How it runs is no part of how it was made.
     assert len(made) == 7
     assert len(list((outputs / "models").glob("tiny_lm-*"))) == 1, (
         "a stopped training left a folder"

