@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from sae_runner import files
-from sae_runner.commands import memory
+from sae_runner.commands import memory, train
 from sae_runner.commands.caveats import space_warnings, warnings_about
 from sae_runner.commands.entries import read_run
 from sae_runner.commands.job import Job
@@ -21,7 +21,6 @@ from sae_runner.commands.rehearsal import (
     window_plan,
 )
 from sae_runner.commands.sites import layout, shape
-from sae_runner.commands.train import check_start
 from sae_runner.config import construct, resolve_device
 from sae_runner.data.base import SPLITS
 from sae_runner.models.base import SiteInfo
@@ -48,12 +47,10 @@ def check(job: Job) -> None:
     """Refuse what `train` would refuse; several sites are fine here."""
     pipeline = Pipeline(job.cfg, job.choices)
     pipeline.check(train=False)
+    if len(pipeline.infos) == 1:
+        return train.check(job)
     assert pipeline.train_options and pipeline.eval_options is not None
     assert pipeline.evaluators is not None
-    if len(pipeline.infos) == 1:
-        pipeline.check()
-        if source := pipeline.cfg.get("init_from"):
-            check_start(source, pipeline)
 
 
 def main(job: Job) -> None:

@@ -17,6 +17,7 @@ from sae_runner.commands.pipeline import Pipeline
 from sae_runner.commands.rehearsal import adapted, load_model
 from sae_runner.config import resolve_device
 from sae_runner.data.base import Split
+from sae_runner.errors import DataError
 from sae_runner.log import duration
 from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.statistics import ActivationStats
@@ -76,10 +77,21 @@ class RowsInMemory(Activations):
         return ActivationStats(self.x.double().mean(0).float(), mean, square, self.x[:n_sample])
 
 
-def time_caching(copy: Pipeline, infos: Sequence[SiteInfo]) -> tuple[Measured, Tensor] | None:
-    """Seconds per example through reading, preparing and recording, and rows of the first site.
+class Cached(NamedTuple):
+    """A few batches, read, prepared and recorded."""
 
-    None where the model has to be trained first.
+    measured: Measured
+    """Seconds per example."""
+    rows: Tensor
+    """Of the first site: [n, d] float32."""
+    rows_per_example: float
+
+
+def time_caching(copy: Pipeline, infos: Sequence[SiteInfo]) -> Cached | None:
+    """Do a little of what caching does; None where the model has to be trained first.
+
+    Raises:
+        DataError: nothing can be read.
     """
     model = load_model(copy)
     if model is None:
@@ -89,7 +101,7 @@ def time_caching(copy: Pipeline, infos: Sequence[SiteInfo]) -> tuple[Measured, T
     if dataset.random_access:
         ids = ids[np.random.default_rng(copy.store_options.seed).permutation(len(ids))]
     more = ids[size : size * (N_BATCHES + 1)] if len(ids) > size else ids
-    rows = list[Tensor]()
+    rows, n_all = list[Tensor](), 0
     # The first batch pays for what later ones find done.
     for chosen in (ids[:size], more):
         n = n_examples = 0
@@ -97,11 +109,15 @@ def time_caching(copy: Pipeline, infos: Sequence[SiteInfo]) -> tuple[Measured, T
         for inputs, _ in load_batches(dataset, model, chosen, size, copy.loading.workers):
             if inputs is not None:
                 rows.append(record(copy, model, inputs.to(model.device), infos))
-                n, n_examples = n + 1, n_examples + len(inputs)
+                n, n_examples, n_all = n + 1, n_examples + len(inputs), n_all + len(inputs)
             if time.perf_counter() - start > SECONDS:
                 break
         seconds = time.perf_counter() - start
-    return Measured(n, "batches", seconds / max(1, n_examples)), torch.cat(rows)
+    if not rows:
+        raise DataError(f"dataset={copy.choices['dataset']}: no example that was tried can be read")
+    x = torch.cat(rows)
+    measured = Measured(n, "batches", seconds / max(1, n_examples))
+    return Cached(measured, x, len(x) / n_all)
 
 
 @torch.no_grad()
@@ -154,8 +170,12 @@ def times(plan: "Plan", copy: Pipeline) -> list[tuple[str, str]]:
         if found is None:
             lines.append(("time", "caching unknown: the model has to be trained here first"))
         else:
-            measured, rows = found
-            lines.append(("time", f"caching {measured.line(n_examples, 'examples')} on {device}"))
+            rows, text = found.rows, found.measured.line(n_examples, "examples")
+            lines.append(("time", f"caching {text} on {device}"))
+            if plan.rows[plan.missing[0].name].sense:
+                n = float(f"{found.rows_per_example * plan.examples.n['train']:.2g}")
+                per = f"{found.rows_per_example:.3g} rows an example"
+                lines.append(("", f"{per} in these batches: about {n:,.0f} train rows"))
     if plan.sae is None:
         return lines
     options, site, noise = plan.pipeline.train_options, plan.infos[0], ""

@@ -35,7 +35,8 @@ def test_what_is_said_is_what_was_measured_times_what_there_is():
 def test_caching_is_timed_on_rows_of_the_dataset(pipeline):
     composed = pipeline("model.batch_size=50")
     with rehearsal(composed) as copy:
-        measured, rows = time_caching(copy, composed.infos)
+        measured, rows, rows_per_example = time_caching(copy, composed.infos)
+    assert rows_per_example == 1
     assert measured.n == N_BATCHES and measured.unit == "batches"
     assert 0 < measured.seconds_each < 1
     # One batch to warm up, and the timed ones: distinct training rows.
@@ -49,7 +50,7 @@ def test_caching_is_timed_on_rows_of_the_dataset(pipeline):
 def test_a_dataset_of_one_batch_is_enough(pipeline):
     composed = pipeline("model.batch_size=4096")
     with rehearsal(composed) as copy:
-        measured, _ = time_caching(copy, composed.infos)
+        measured = time_caching(copy, composed.infos).measured
     assert measured.n == 1 and measured.seconds_each > 0
 
 

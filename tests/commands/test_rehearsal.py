@@ -68,7 +68,8 @@ class Host(HookedModel):
 
     def prepare(self, examples):
         tokens = torch.from_numpy(np.stack([example.value for example in examples]))
-        return Inputs(torch.tensor([e.id for e in examples]), {"tokens": tokens})
+        ids = torch.tensor([example.id for example in examples])
+        return Inputs(ids, {"tokens": tokens}, torch.ones_like(tokens, dtype=torch.bool))
 
     def fingerprint(self):
         return "made up"
@@ -221,3 +222,14 @@ def test_bytes_are_bytes():
 
     # Two letters of two bytes and a separator in each document.
     assert bound(Accents(), 5).n == {"train": 5 * N_DOCUMENTS / 5, "heldout": 5 * N_HELDOUT / 5}
+
+
+def test_the_probe_counts_rows_that_shapes_only_bound(pipeline):
+    from sae_runner.commands.plan import Plan
+    from sae_runner.commands.probe import times
+
+    reader = pipeline(type="made_up_reader")
+    with rehearsal(reader) as copy:
+        lines = times(Plan(reader, copy), copy)
+    # Position 0 of every five is dropped.
+    assert ("", "4 rows an example in these batches: about 4,800 train rows") in lines
