@@ -20,12 +20,12 @@ from sae_runner.commands.caveats import warnings_about
 from sae_runner.commands.eval import evaluate
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
-from sae_runner.config import construct, resolve_device
+from sae_runner.config import checked_options, construct, resolve_device
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.log import log_to
 from sae_runner.saes.base import SAE
 from sae_runner.store.reader import Activations, ActivationStore
-from sae_runner.training.loggers import build_sinks
+from sae_runner.training.loggers import build_sinks, require_installed
 from sae_runner.training.trainer import Trainer
 
 log = logging.getLogger("sae_runner")
@@ -35,6 +35,8 @@ def check(job: Job) -> None:
     """Refuse what can be refused ahead."""
     pipeline = Pipeline(job.cfg, job.choices)
     pipeline.check()
+    logger = checked_options(build_sinks, pipeline.cfg["logger"], where="logger")
+    require_installed(logger["type"])
     if source := pipeline.cfg.get("init_from"):
         check_start(source, pipeline)
 
@@ -50,6 +52,7 @@ def main(job: Job) -> None:
         if force:
             files.remove(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        files.remove_partials(run_dir)
         with log_to(run_dir / "run.log"):
             begin_run(run_dir, pipeline, job)
             train(run_dir, pipeline)

@@ -1,5 +1,6 @@
 """Where metrics go besides metrics.jsonl: tensorboard or wandb, extras that nobody needs."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,19 +21,12 @@ def build_sinks(
     Raises:
         ConfigError: the package is not installed.
     """
+    require_installed(type)
     if type == "none":
         return ()
-    try:
-        if type == "tensorboard":
-            import tensorboard  # noqa: F401
-            from torch.utils.tensorboard import SummaryWriter
-        else:
-            import wandb
-    except ImportError:
-        raise ConfigError(
-            f"logger={type}: not installed; pip install 'sae-runner[{type}]'"
-        ) from None
     if type == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
         writer: Any = None
 
         def to_tensorboard(row: dict[str, float]) -> None:
@@ -45,6 +39,8 @@ def build_sinks(
             writer.flush()
 
         return (to_tensorboard,)
+    import wandb
+
     # A run resumed by re-typing the command continues the same curve: its id is the run's name.
     # The next job of a sweep in this process ends the run of the one before.
     run = wandb.init(
@@ -52,3 +48,15 @@ def build_sinks(
         resume="allow", mode=mode, reinit=True,
     )  # fmt: skip
     return (lambda row: run.log(row, step=int(row["step"])),)
+
+
+def require_installed(type: str) -> None:
+    """Refuse a logger whose package is absent, before anything is computed.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    spec = None if type == "none" else importlib.util.find_spec(type)
+    # A folder of that name, as wandb leaves one where it runs, has a spec but no file.
+    if type != "none" and (spec is None or spec.origin is None):
+        raise ConfigError(f"logger={type}: not installed; pip install 'sae-runner[{type}]'")
