@@ -234,19 +234,27 @@ class Comparison:
 
     @property
     def telling(self) -> dict[str, list[Any]]:
-        """The differing keys that say more than the kind of SAE does: the table's columns."""
-        differing = self.differences.differing
-        kinds = [str(kind) for kind in differing.get("sae.type", [])]
+        """The table's columns: which option of a group a run took, and what differs beyond that.
 
-        def follows(values: list[Any]) -> bool:
-            pairs = {(kind, repr(value)) for kind, value in zip(kinds, values, strict=True)}
-            return len(pairs) == len(set(kinds))
+        A key whose value follows from the option (or, where options are not known apart, from the
+        type) says nothing that the option does not say.
+        """
+        columns: dict[str, list[Any]] = {}
+        for key, values in self.differences.differing.items():
+            name, options = self._options(key.split(".")[0])
+            pairs = {(option, repr(value)) for option, value in zip(options, values, strict=True)}
+            if len(set(options)) > 1:
+                columns.setdefault(name, list(options))
+            if len(set(options)) == 1 or len(pairs) > len(set(options)):
+                columns.setdefault(key, values)
+        return columns
 
-        return {
-            key: values
-            for key, values in differing.items()
-            if not kinds or key == "sae.type" or not key.startswith("sae.") or not follows(values)
-        }
+    def _options(self, group: str) -> tuple[str, list[str]]:
+        """The column that tells a config group's options apart, and each run's value in it."""
+        chosen = [str(run.report["choices"].get(group)) for run in self.runs]
+        if len(set(chosen)) > 1:
+            return group, chosen
+        return f"{group}.type", [str(run.config.get(f"{group}.type")) for run in self.runs]
 
     @property
     def remarks(self) -> list[str]:

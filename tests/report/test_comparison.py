@@ -102,7 +102,7 @@ def test_keys_that_follow_from_the_kind_of_sae_make_no_column(make_run: MakeRun)
         make_run("c", config=relu), make_run("d", config=relu | {"sae.l1": 0.2}),
     )  # fmt: skip
     comparison = compare(runs, [], X, Y)
-    assert list(comparison.telling) == ["sae.type", "sae.k", "sae.l1", "trainer.lr"]
+    assert list(comparison.telling) == ["sae", "sae.k", "sae.l1", "trainer.lr"]
     assert "sae.norm" in comparison.differences.differing
     same_kind = compare(runs[:2], [], X, Y)
     assert list(same_kind.telling) == ["sae.k"]
@@ -215,3 +215,24 @@ def test_letters_go_on_after_z() -> None:
     assert [letter(n) for n in (0, 25, 26, 27, 51, 52, 701, 702)] == [
         "A", "Z", "AA", "AB", "AZ", "BA", "ZZ", "AAA",
     ]  # fmt: skip
+
+
+def test_keys_that_follow_from_the_option_make_no_column(make_run):
+    from sae_runner.report.comparison import compare
+    from sae_runner.report.runs import load_runs
+
+    def folder(name: str, model: str, width: int, lr: float):
+        choices = {"model": model, "sae": "topk"}
+        config = {"model.type": "tiny_clip", "model.width": width, "trainer.lr": lr}
+        return make_run(name, config=config, report={"choices": choices})
+
+    small = [folder("a", "small", 64, 0.1), folder("b", "small", 64, 0.2)]
+    runs, _ = load_runs([*small, folder("c", "large", 128, 0.1)])
+    telling = compare(runs, ["sparsity.l0"], "sparsity.l0", "reconstruction.fvu").telling
+    by_run = {run.name: i for i, run in enumerate(runs)}
+    assert list(telling) == ["model", "trainer.lr"]
+    assert telling["model"][by_run["c"]] == "large"
+    # Once a key varies within an option, it is a column of its own again.
+    runs, _ = load_runs([*(run.path for run in runs), folder("d", "large", 256, 0.1)])
+    telling = compare(runs, ["sparsity.l0"], "sparsity.l0", "reconstruction.fvu").telling
+    assert list(telling) == ["model", "model.width", "trainer.lr"]

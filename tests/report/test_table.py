@@ -73,7 +73,7 @@ def test_numbers_without_an_interval() -> None:
 def test_one_row_per_run_with_differing_keys_then_metrics(comparison: Comparison) -> None:
     columns = columns_of(comparison)
     assert [column.name for column in columns] == [
-        "#", "run", "sae.type", "sae.k", "sae.l1_coefficient", *METRICS,
+        "#", "run", "sae", "sae.k", "sae.l1_coefficient", *METRICS,
     ]  # fmt: skip
     cells = {column.name: column.cells for column in columns}
     assert cells["run"] == ["c", "d", "a", "b"]
@@ -106,7 +106,7 @@ def test_plain_text_is_aligned_and_whole(comparison: Comparison) -> None:
     lines = plain_text(columns_of(comparison)).splitlines()
     assert len(lines) == 5
     assert lines[0].split() == [
-        "#", "run", "type", "k", "l1_coefficient", "l0", "fvu", "cosine", "dead_frac",
+        "#", "run", "sae", "k", "l1_coefficient", "l0", "fvu", "cosine", "dead_frac",
     ]  # fmt: skip
     end = lines[0].index("l0") + 2
     assert [line[end - 4 : end] for line in lines[1:]] == [".50]", "  70", "  16", "0.10"]
@@ -116,9 +116,9 @@ def test_plain_text_is_aligned_and_whole(comparison: Comparison) -> None:
 @pytest.mark.parametrize(
     ("width", "left"),
     [
-        (10_000, ["sae.type", "sae.k", "sae.l1_coefficient", *METRICS]),
-        (80, ["sae.type", "sae.k", "sae.l1_coefficient", *METRICS[:3]]),
-        (60, ["sae.type", "sae.k", *METRICS[:2]]),
+        (10_000, ["sae", "sae.k", "sae.l1_coefficient", *METRICS]),
+        (80, ["sae", "sae.k", "sae.l1_coefficient", *METRICS[:3]]),
+        (60, ["sae", "sae.k", *METRICS[:2]]),
         (9, METRICS[:2]),
     ],
 )
@@ -165,7 +165,7 @@ def test_markdown_cells_hold_no_markup() -> None:
 
 def test_markdown_report_has_its_parts(comparison: Comparison) -> None:
     text = markdown(comparison, ["left out, damaged: x/report.json is no JSON"], "figures/p.png")
-    assert "| # | run | sae.type | sae.k | sae.l1\\_coefficient | sparsity.l0 |" in text
+    assert "| # | run | sae | sae.k | sae.l1\\_coefficient | sparsity.l0 |" in text
     assert "- left out, damaged: x/report.json is no JSON" in text
     assert "![reconstruction.fvu against sparsity.l0](figures/p.png)" in text
     assert "| 4 | reconstruction.fvu | reproduced | 0.1234 ±0.0040 | 0.13 | \\[0.1, 0.15] |" in text
