@@ -55,7 +55,7 @@ ProperFraction = Annotated[float, Range(gt=0, lt=1)]
 
 # What changes neither a number nor a byte of a result, and so not the name of a run.
 RUNTIME_KEYS = frozenset({
-    "model.batch_size", "dataset.workers", "dataset.max_bad", "store.prefetch",
+    "model.batch_size", "dataset.workers", "dataset.max_bad", "store.prefetch", "store.verify",
     "trainer.log_every", "trainer.save_every", "trainer.checkpoints", "trainer.keep_state",
 })  # fmt: skip
 

@@ -53,6 +53,7 @@ class StoreOptions(NamedTuple):
     mix_rows: int
     max_norm_multiple: float | None
     prefetch: int
+    verify: bool
 
     @classmethod
     def from_config(
@@ -65,13 +66,14 @@ class StoreOptions(NamedTuple):
         mix_rows: Positive,
         max_norm_multiple: PositiveFloat | None,
         prefetch: Positive,
+        verify: bool,
     ) -> "StoreOptions":
         """Typed and in range."""
         if max_norm_multiple is not None and type == "stream":
             raise ConfigError(
                 "store.max_norm_multiple: a stream has no median norm; use store=disk"
             )
-        return cls(type, dtype, seed, window_rows, mix_rows, max_norm_multiple, prefetch)
+        return cls(type, dtype, seed, window_rows, mix_rows, max_norm_multiple, prefetch, verify)
 
 
 class EvalOptions(NamedTuple):
@@ -272,6 +274,7 @@ class Pipeline:
                 self.selection_dir(info),
                 max_norm_multiple=options.max_norm_multiple,
                 mix_rows=options.mix_rows,
+                verify=options.verify,
             )
         from sae_runner.store.stream import StreamStore
 

@@ -26,15 +26,25 @@ from sae_runner.store.prefetch import Prefetched as Prefetched
 
 
 class ActivationStore(Activations):
-    """One site and token selection of a store on disk."""
+    """One site and token selection of a store on disk.
+
+    With `verify` every file is compared with its hash when it is first read: a flipped bit would
+    otherwise be trained on.
+    """
 
     def __init__(
-        self, folder: Path, *, max_norm_multiple: float | None = None, mix_rows: int = 2**20
+        self,
+        folder: Path,
+        *,
+        max_norm_multiple: float | None = None,
+        mix_rows: int = 2**20,
+        verify: bool = True,
     ) -> None:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         self.manifest = read_json(path, SELECTION_SCHEMA, "finished store")
         self.max_norm_multiple = max_norm_multiple
+        self._verify_reads, self._verified = verify, set[str]()
         try:
             self.site = site_from_json(self.manifest["site"])
             shards = self.manifest["splits"]["train"]["shards"]
@@ -80,7 +90,7 @@ class ActivationStore(Activations):
     def _shard(self, split: Split, index: int) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
 
-        path = self.folder / self.manifest["splits"][split]["shards"][index]["file"]
+        path = self._to_read(self.manifest["splits"][split]["shards"][index])
         try:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -138,7 +148,7 @@ class ActivationStore(Activations):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self.folder / self.manifest["stats"]["file"]
+        path = self._to_read(self.manifest["stats"])
         try:
             mean: Tensor = load_file(path)[f"{split}.mean"]
         except (SafetensorError, OSError, KeyError) as error:
@@ -156,13 +166,23 @@ class ActivationStore(Activations):
             StoreError: a file is absent or not what was written.
         """
         for file in self._files():
-            path = self.folder / file["file"]
-            self._check_size(path, file["bytes"])
-            if files.sha256(path) != file["sha256"]:
-                raise StoreError(
-                    f"{path} is damaged: it differs from its hash; sae-run rm {self.folder} "
-                    "and cache again"
-                )
+            self._check_hash(file)
+
+    def _check_hash(self, file: dict[str, Any]) -> None:
+        path = self.folder / file["file"]
+        self._check_size(path, file["bytes"])
+        if files.sha256(path) != file["sha256"]:
+            raise StoreError(
+                f"{path} is damaged: it differs from its hash; sae-run rm {self.folder} "
+                "and cache again"
+            )
+
+    def _to_read(self, file: dict[str, Any]) -> Path:
+        """The path of a file that is about to be read; the first time its hash is compared."""
+        if self._verify_reads and file["file"] not in self._verified:
+            self._check_hash(file)
+            self._verified.add(file["file"])
+        return self.folder / str(file["file"])
 
 
 def open_store(path: str | Path) -> ActivationStore:

@@ -282,8 +282,31 @@ def test_a_flipped_bit_anywhere_is_found(world, name):
     store.verify()
     path = store.folder / f"{name}.safetensors"
     damage(path, -1)
-    with pytest.raises(StoreError, match=f"{name}.safetensors is damaged: it differs from its"):
-        ActivationStore(store.folder).verify()
+    line = f"{name}.safetensors is damaged: it differs from its hash; sae-run rm"
+    with pytest.raises(StoreError, match=line):
+        ActivationStore(store.folder, verify=False).verify()
+    # It is found before it is used, too.
+    with pytest.raises(StoreError, match=line):
+        use(ActivationStore(store.folder))
+    use(ActivationStore(store.folder, verify=False))
+
+
+def use(store: ActivationStore) -> None:
+    store.stats()
+    for split in ("train", "heldout"):
+        assert sum(len(rows.x) for rows in store.rows(split, 16)) == store.n_rows(split)
+
+
+def test_a_file_is_compared_with_its_hash_once(world, monkeypatch):
+    from sae_runner import files
+
+    store, hashed = world.store(mix_rows=100), []
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    for _ in range(2):
+        use(store)
+        take(store, 30)
+    assert sorted(hashed) == sorted(p.name for p in store.folder.glob("*.safetensors"))
 
 
 def test_damage_that_can_be_seen_at_once_is_said_in_one_line(world):
@@ -292,7 +315,7 @@ def test_damage_that_can_be_seen_at_once_is_said_in_one_line(world):
     whole = path.read_bytes()
     damage(path, 0)  # The header's length.
     with pytest.raises(StoreError, match=r"train-00001\.safetensors is damaged: ") as error:
-        list(ActivationStore(store.folder).rows("train", 16))
+        list(ActivationStore(store.folder, verify=False).rows("train", 16))
     assert "\n" not in str(error.value)
     path.write_bytes(whole[:-3])
     with pytest.raises(StoreError, match=r"absent or cut short: sae-run rm .* and cache again"):
@@ -306,7 +329,7 @@ def test_damage_that_can_be_seen_at_once_is_said_in_one_line(world):
     stats = store.folder / "stats.safetensors"
     damage(stats, 0)
     with pytest.raises(StoreError, match=r"stats\.safetensors is damaged"):
-        ActivationStore(store.folder).stats()
+        ActivationStore(store.folder, verify=False).stats()
 
 
 @pytest.mark.parametrize("missing", ["splits", "site", "stats", "window_rows"])
