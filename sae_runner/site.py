@@ -42,6 +42,11 @@ def resolve_sites(wanted: str | Sequence[str], sites: Mapping[str, SiteInfo]) ->
     return [info for info in sites.values() if info.name in chosen]
 
 
+def layout_key(info: SiteInfo) -> tuple[int | None, str, int, bool]:
+    """What decides which tokens a selection keeps: sites that share it share rows."""
+    return info.n_tokens, info.kind, info.n_prefix, info.has_cls
+
+
 @dataclass(frozen=True)
 class TokenSelection:
     """Which tokens of a site become rows (reference: masks of language models drop specials)."""

@@ -104,7 +104,8 @@ def compute_window(
     `on_batch` is told after each batch how many examples it had, unreadable ones included.
 
     Raises:
-        DataError: a row is NaN or infinite, or overflows `dtype`; the example is named.
+        DataError: a row is NaN or infinite, or overflows `dtype`, the example is named; or the
+            sites do not share their rows (see `layout_key`).
     """
     columns: dict[str, list[Tensor]] = {info.name: [] for info in infos}
     example_id, position, label = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -127,6 +128,13 @@ def compute_window(
                 position.append(positions)
                 if inputs.labels is not None:
                     label.append(inputs.labels[rows_of].int())
+            elif not (
+                torch.equal(ids_of_rows, example_id[-1]) and torch.equal(positions, position[-1])
+            ):
+                raise DataError(
+                    f"site.name: {infos[0].name} and {info.name} differ in their tokens and cannot "
+                    "be written in one pass; cache them one after the other"
+                )
         on_batch(len(inputs) + len(unreadable))
     if not example_id:  # Whether so many unreadable examples are too many is not decided here.
         rows = {info.name: torch.empty(0, info.d, dtype=DTYPES[dtype]) for info in infos}

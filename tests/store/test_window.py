@@ -1,11 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from sae_runner.data.base import SPLITS
 from sae_runner.errors import DataError
-from sae_runner.models.base import Inputs, SiteInfo
-from sae_runner.site import TokenSelection
+from sae_runner.models.base import Inputs, SiteInfo, Tap
+from sae_runner.site import TokenSelection, layout_key
 from sae_runner.store.window import WindowPlan, compute_window, select_rows, stored
 
 INFO = SiteInfo("blocks.0.resid_post", "block", 2, "tokens", None)
@@ -138,3 +140,39 @@ def test_a_batch_of_unreadable_examples_has_no_inputs(world):
     assert [[bad.id for bad in b.bad] for b in batches] == [[5], [6], []]
     world.dataset.bad = {4, 5}
     assert next(load_batches(world.dataset, world.host, np.arange(4, 6), 2, 0)).inputs is None
+
+
+class Shrunk(torch.nn.Module):
+    """Half as many tokens come out as go in, as after a stage of a convolutional network."""
+
+    def forward(self, x):
+        return x[:, ::2]
+
+
+@pytest.mark.parametrize("tokens", ["last", "random_k", "positions"])
+def test_sites_of_other_tokens_share_no_window(world, tokens):
+    world.dataset.same = 6
+    world.host.network.add_module("shrunk", Shrunk())
+    taps = {**world.host.taps(), "shrunk": Tap("shrunk")}
+    world.host.taps = lambda: taps
+    sites = world.host.sites()
+    selection = TokenSelection(tokens, k=2, positions=(0, -1))
+
+    def window(*names: str):
+        return compute_window(
+            world.host, world.dataset, [sites[name] for name in names], selection, plan(world),
+            "train", 0, batch_size=3, workers=0, dtype="fp32",
+        )  # fmt: skip
+
+    prepare = world.host.prepare  # As images are: no padding that says which tokens count.
+    world.host.prepare = lambda examples: replace(prepare(examples), attended=None)
+    assert len(window("embed", "blocks.0.resid_post")) == len(window("shrunk"))
+    with pytest.raises(DataError, match="embed and shrunk differ in their tokens"):
+        window("embed", "shrunk")
+
+
+def test_the_layout_of_a_site_says_with_which_others_it_shares_rows():
+    stage = SiteInfo("stages.0.blocks.0", "m", 96, "map", 3136, grid=(56, 56))
+    assert layout_key(stage) == layout_key(replace(stage, name="stages.0.blocks.1", d=192))
+    for change in ({"n_tokens": 784}, {"kind": "tokens"}, {"n_prefix": 1}, {"has_cls": True}):
+        assert layout_key(stage) != layout_key(replace(stage, **change))
