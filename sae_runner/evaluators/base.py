@@ -41,9 +41,9 @@ class EvalContext:
 
     sae: SAE
     n_rows: int
-    """Rows that will come."""
+    """The most rows that will come; all those of an example, or none."""
     example_ids: npt.NDArray[np.int64]
-    """Ids of the examples that they come from, ascending."""
+    """Ids of the examples that they may come from, ascending."""
     seed: int
     n_prefix: int = 0
     """Class and register tokens of the site (positions below it are no patches)."""

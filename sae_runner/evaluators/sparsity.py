@@ -90,9 +90,7 @@ class Sparsity(Evaluator):
         self.n_not_finite = 0
         self.by_part = {"cls": [0, 0], "patch": [0, 0]}  # Active latents, rows.
         self.distinct = None
-        # Only images have prefix tokens; with one row for each, a part is the whole.
-        parts = context.has_cls or context.n_prefix > 0
-        if parts and context.n_rows > len(context.example_ids):
+        if context.has_cls or context.n_prefix > 0:  # Only images have such tokens.
             self.distinct = DistinctLatents(context.example_ids, sae.d_sae, context.seed)
 
     def update(self, rows: Rows) -> None:
@@ -137,7 +135,8 @@ class Sparsity(Evaluator):
         scalars = Scalars("sparsity")
         total = {name: float(column.sum()) for name, column in self.clusters.sums.items()}
         self._l0(scalars, int(total["rows"]))
-        if self.distinct is not None:
+        # With one row of each image, a part is the whole.
+        if self.distinct is not None and (self.clusters.sums["rows"] > 1).any():
             self._l0_of_parts(scalars, self.distinct)
         for name in ("l1", "l1_dec"):
             scalars.ratio(name, total[name], total["rows"], NO_ROWS)

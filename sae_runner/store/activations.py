@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from sae_runner.data.base import Ids, Split
@@ -91,13 +91,22 @@ class Activations(ABC):
     """A stream without random access must be visited front to back."""
 
     def rows(self, split: Split, batch_size: int, limit: int | None = None) -> Iterator[StoredRows]:
-        """Rows in stored order, at most `limit` of them."""
+        """Rows in stored order, at most `limit` of them, and never a part of an example's rows.
+
+        One example comes however low the limit is, unless it is 0. Of the window in which the limit
+        lies, examples are drawn: its order of ids may be one of classes.
+        """
         left = limit if limit is not None else np.inf
         for index in range(self.n_windows(split)):
             window = self.window(split, index)
             keep = window.get("keep")
             chosen = keep if keep is not None else torch.arange(len(window["activations"]))
-            chosen = chosen[: int(min(left, len(chosen)))]
+            cut = len(chosen) > left
+            if cut:
+                none_yet = left == limit
+                chosen = chosen[
+                    _whole_examples(window["example_id"][chosen], int(left), index, none_yet)
+                ]
             for part in torch.split(chosen, batch_size) if len(chosen) else ():
                 left -= len(part)
                 yield StoredRows(
@@ -106,7 +115,7 @@ class Activations(ABC):
                     window["position"][part].long(),
                     window["label"][part].long() if "label" in window else None,
                 )
-            if left <= 0:
+            if cut or left <= 0:
                 return
 
     def shuffled(
@@ -135,6 +144,18 @@ class Activations(ABC):
                 begun, taken = begun + len(piece), taken + len(share)
                 cursor.advance(len(piece))
             yield Batch(x, cursor.position)
+
+
+def _whole_examples(
+    example_id: Int64[Tensor, " n"] | Int32[Tensor, " n"], limit: int, seed: int, at_least_one: bool
+) -> Int64[Tensor, " kept"]:
+    """Which rows are of examples, drawn by seed, that have at most `limit` rows together."""
+    _, example, sizes = np.unique(example_id.numpy(), return_inverse=True, return_counts=True)
+    drawn = np.random.default_rng(seed).permutation(len(sizes))
+    n_examples = int((sizes[drawn].cumsum() <= limit).sum())
+    if at_least_one and limit:
+        n_examples = max(1, n_examples)
+    return torch.from_numpy(np.isin(example, drawn[:n_examples]).nonzero()[0])
 
 
 class _Group:

@@ -71,6 +71,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
         device: str = "cpu",
         input_scale: float = 1.0,
         seed: int = 0,
+        examples: Any = None,
         **context: Any,
     ) -> Findings:
         x = torch.as_tensor(x)
@@ -82,7 +83,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
         order = torch.arange(n) if order is None else torch.as_tensor(order)
         W_dec = torch.ones(latents.shape[1], d_in) if W_dec is None else W_dec
         evaluator, sae = EVALUATORS.build(cfg), Given(W_dec, input_scale)
-        examples = np.unique(ids.numpy())
+        examples = np.unique(ids.numpy()) if examples is None else examples
         announced = EvalContext(sae.to(device), n, examples, seed, **context)
 
         def rows(part: Tensor) -> Rows:

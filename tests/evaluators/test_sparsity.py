@@ -107,6 +107,17 @@ def test_parts_of_images(measure, batch):
     assert found["l0_image_n"] == 11
 
 
+def test_few_of_many_images(measure):
+    """As under a limit: fewer rows than there are images, and yet all rows of each that came."""
+    ids, position, f = images(3, 6, 30)
+    found = measure(
+        CFG, np.ones((18, 2)), latents=f, example_id=ids, position=position, has_cls=True,
+        n_prefix=1, examples=np.union1d(np.arange(1000), ids),
+    ).metrics["sparsity"]  # fmt: skip
+    distinct = (f > 0).reshape(3, 6, 30).any(1).sum(1)
+    assert found["l0_image"] == pytest.approx(distinct.mean()) and found["l0_image_n"] == 3
+
+
 def test_text_and_pooled_rows_have_no_parts(measure):
     ids, position, f = images(5, 4, 8)
     text = measure(CFG, np.ones((20, 2)), latents=f, example_id=ids, position=position)

@@ -54,12 +54,26 @@ def test_rows_come_in_stored_order_with_what_is_known_of_them(world):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 16, 50, 77, 10_000])
-def test_a_limit_cuts_the_rows_and_nothing_else(world, limit):
+@pytest.mark.parametrize("multiple", [None, 1.2])
+def test_a_limit_tears_no_example(world, limit, multiple):
+    store = world.store(max_norm_multiple=multiple)
+    every = [token for rows in store.rows("train", 16) for token in tokens_of(rows.x)]
+    found = [token for rows in store.rows("train", 16, limit) for token in tokens_of(rows.x)]
+    sizes, seen = Counter(example for example, _ in every), {example for example, _ in found}
+    assert found == [token for token in every if token[0] in seen], "in order, and all of each"
+    assert len(found) <= max(limit, max(sizes.values()) if limit == 1 else 0)
+    assert bool(found) == (limit > 0)
+    assert len(found) == len(every) or limit - len(found) < max(sizes.values())
+    assert all(len(rows.x) > 0 for rows in store.rows("train", 16, limit))
+
+
+def test_a_limit_draws_examples_whatever_their_ids(world):
+    world.dataset.n, world.dataset.same, world.window_rows = 400, 4, 10_000
     store = world.store()
-    every = torch.cat([rows.x for rows in store.rows("train", 16)])
-    found = [rows.x for rows in store.rows("train", 16, limit)]
-    assert all(len(x) > 0 for x in found)
-    assert torch.equal(torch.cat(found) if found else torch.empty(0, 4), every[:limit])
+    ids = torch.cat([rows.example_id for rows in store.rows("train", 64, 240)]).unique()
+    assert len(ids) == 60
+    standard_error = 400 / 12**0.5 / 60**0.5
+    assert abs(float(ids.double().mean()) - 199.5) < 4 * standard_error
 
 
 # -- Shuffled ------------------------------------------------------------------------------------
