@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def random_directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Unit vectors, uniform on the sphere, drawn on the generator's own device."""
+    """Unit vectors, uniform on the sphere, on the generator's device."""
     drawn = torch.randn(n, d, generator=generator, device=generator.device)
     return nn.functional.normalize(drawn, dim=1)
 

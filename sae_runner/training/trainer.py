@@ -75,7 +75,8 @@ class Trainer:
         stats = self.store.stats()
         stats = stats._replace(mean=stats.mean.to(self.device), sample=stats.sample.to(self.device))
         self.sae.set_input_scale(stats)
-        generator = torch.Generator(self.device).manual_seed(self.seed)
+        # Drawn on the CPU: other devices draw other numbers from the same seed.
+        generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             self.sae.initialise(stats, generator)
 

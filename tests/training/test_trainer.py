@@ -64,6 +64,43 @@ def test_the_seeds_decide_weights_and_order_apart(trainer):
     assert len({results(run.run_dir)["sae.safetensors"] for run in runs.values()}) == 3
 
 
+def test_weights_are_drawn_on_the_cpu_whatever_computes(rows, options, sae, tmp_path):
+    """`meta` stands for any other device: it has no generator of its own."""
+    drawn_by = []
+    for device in ("cpu", "meta"):
+        trainer = Trainer(
+            sae("relu"), rows(), options(), tmp_path, seed=5, data_seed=0,
+            device=torch.device(device), facts={},
+        )  # fmt: skip
+        initialise = trainer.sae.initialise
+
+        def spy(stats, generator, initialise=initialise):
+            drawn_by.append((generator.device.type, generator.initial_seed()))
+            initialise(stats, generator)
+
+        trainer.sae.initialise = spy
+        trainer.initialise()
+        assert trainer.sae.W_dec.device.type == device
+    assert drawn_by == [("cpu", 5), ("cpu", 5)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_one_seed_one_start_on_every_device(kind, rows, options, sae, tmp_path):
+    starts = []
+    for device in ("cpu", "cuda"):
+        trainer = Trainer(
+            sae(kind), rows(), options(), tmp_path, seed=5, data_seed=0,
+            device=torch.device(device), facts={},
+        )  # fmt: skip
+        trainer.initialise()
+        starts.append({name: p.detach().cpu() for name, p in trainer.sae.named_parameters()})
+    for name in ("W_enc_rows", "W_dec", "b_enc"):
+        assert torch.equal(starts[0][name], starts[1][name])
+    torch.testing.assert_close(starts[0]["b_dec"], starts[1]["b_dec"])
+
+
 def test_the_global_generator_decides_nothing(trainer):
     torch.manual_seed(1)
     trainer("topk", "a").run()
