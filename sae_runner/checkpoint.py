@@ -79,7 +79,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         StoreError: there is none.
     """
-    path = Path(path)
+    given, path = path, Path(path).expanduser().absolute()
     if (path / "cfg.json").is_file():
         return path
     for folder in reversed(step_dirs(path)):
@@ -90,8 +90,8 @@ def find_checkpoint(path: str | Path) -> Path:
             continue
         return folder
     if not path.exists():
-        raise StoreError(f"checkpoint={path}: there is no such folder")
-    raise StoreError(f"checkpoint={path}: no sound checkpoint in it; `sae-run ls` lists the runs")
+        raise StoreError(f"checkpoint={given}: there is no such folder")
+    raise StoreError(f"checkpoint={given}: no sound checkpoint in it; `sae-run ls` lists the runs")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -53,6 +54,9 @@ Fraction = Annotated[float, Range(ge=0, le=1)]
 ProperFraction = Annotated[float, Range(gt=0, lt=1)]
 """Between 0 and 1, both excluded."""
 
+# Keys whose value may be a path: how it is spelled names no other run.
+PATH_KEYS = ("path", "weights")
+
 # What changes neither a number nor a byte of a result, and so not the name of a run.
 RUNTIME_KEYS = frozenset({
     "model.batch_size", "dataset.workers", "dataset.max_bad", "store.prefetch", "store.verify",
@@ -92,8 +96,12 @@ def identity(cfg: Mapping[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
             return [clean(v, key) for v in value]
         if isinstance(value, float) and value.is_integer():
             return int(value)  # 8.0 and 8, 1e6 and 1_000_000 are one configuration.
-        if isinstance(value, str) and ("/" in value or key.endswith("path")) and value:
+        if isinstance(value, str) and value and key.endswith(PATH_KEYS):
             path = Path(value).expanduser()
+            if any(c in value for c in "*?["):  # A glob: where it is looked for counts.
+                fixed = itertools.takewhile(lambda part: not set(part) & set("*?["), path.parts)
+                head = Path(*fixed)
+                return str(head.resolve() / path.relative_to(head))
             return str(path.resolve()) if path.exists() else value
         return value
 
@@ -143,8 +151,8 @@ class Registry:
     def __getitem__(self, name: str) -> type:
         if name not in self.classes:
             if name not in self.names():
-                message = f"{self.kind}.type: no type {name!r}.{did_you_mean(name, self.names())}"
-                raise ConfigError(message)
+                hint = did_you_mean(name, self.names())
+                raise ConfigError(f"{self.kind}.type={name}: no such type.{hint}")
             if name in (found := self._entry_points()):
                 self.classes.setdefault(name, found[name].load())
             else:
@@ -164,7 +172,13 @@ class Registry:
         name = options.pop("type", None)
         if name is None:
             raise ConfigError(f"'{where}.type' needs a value.{did_you_mean('', self.names())}")
-        return checked_options(self[str(name)], options, where=where)
+        try:
+            cls = self[str(name)]
+        except ConfigError as error:
+            raise ConfigError(
+                str(error).replace(f"{self.kind}.type=", f"{where}.type=", 1)
+            ) from None
+        return checked_options(cls, options, where=where)
 
     def build(self, cfg: Mapping[str, Any], where: str = "", **runtime: Any) -> Any:
         """Construct `cfg.type` from the other keys of `cfg` and objects known only at run time."""
@@ -181,16 +195,17 @@ def checked_options(
 
     Keyword-only parameters are the options; positional ones are objects known only at run time.
     """
+    at = f"{where}." if where else ""
     parameters = inspect.signature(target).parameters
     expected = {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     if unknown := sorted(map(str, options.keys() - expected.keys())):
-        raise ConfigError(f"no key '{where}.{unknown[0]}'.{did_you_mean(unknown[0], expected)}")
+        raise ConfigError(f"no key '{at}{unknown[0]}'.{did_you_mean(unknown[0], expected)}")
     if missing := [k for k, p in expected.items() if p.default is p.empty and k not in options]:
-        raise ConfigError(f"'{where}.{missing[0]}' needs a value")
+        raise ConfigError(f"'{at}{missing[0]}' needs a value")
     hints = typing.get_type_hints(
         target.__init__ if inspect.isclass(target) else target, include_extras=True
     )
-    return {k: convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in options.items()}
+    return {k: convert(v, hints.get(k, Any), at + k) for k, v in options.items()}
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:

@@ -46,9 +46,11 @@ def nearest(word: str, options: Iterable[str], n: int = 1) -> list[str]:
 def did_you_mean(word: str, options: Iterable[str], limit: int = 24) -> str:
     """A sentence that names the nearest option and lists the others (at most `limit`)."""
     options = sorted(set(map(str, options)))
+    if not options:
+        return ""
     close = nearest(word, options)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     if len(options) > limit:
         shown = nearest(word, options, n=8) or options[:8]
         return f"{hint} Nearest of {len(options)}: {', '.join(shown)}."
-    return f"{hint} Choose from: {', '.join(options) or 'nothing'}."
+    return f"{hint} Choose from: {', '.join(options)}."

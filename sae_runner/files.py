@@ -89,6 +89,9 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", **metadata: str) 
 
     with atomic(path) as temporary:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors makes files that nobody else may read.
 
 
 def sha256(path: Path) -> str:

@@ -57,6 +57,21 @@ BAD = {
     "unknown dtype": (["train", "store.dtype=fp8"], "store.dtype=fp8"),
     "outliers of a stream": (["train", "store=stream", "store.max_norm_multiple=3"], "store=disk"),
     "absent start": (["train", "init_from=absent"], "init_from=absent: there is no such folder"),
+    "unknown key at the top": (["train", "+sed=3"], "no key 'sed'. Did you mean 'seed'?"),
+    "text for a seed": (["train", "seed=x"], "seed=x: Value 'x' of type 'str'"),
+    "negative seed": (["train", "seed=-1"], "seed=-1: must be >= 0"),
+    "fraction for a seed": (["train", "seed=1.5"], "seed=1.5"),
+    "seed of a sweep": (["train", "-m", "seed=0,x"], "seed=x"),
+    "text for force": (["train", "force=perhaps"], "force=perhaps"),
+    "run name that climbs": (["train", "run_name=..", "force=true"], "run_name=..: only letters"),
+    "run name with a folder": (["train", "run_name=a/b"], "run_name=a/b: only letters"),
+    "no site": (["train", "site.name=null"], "site.name=None"),
+    "no device": (["train", "device=null"], "device=None"),
+    "no outputs": (["train", "outputs=null"], "outputs"),
+    "no evaluation": (["train", "eval=null"], "eval=None"),
+    "negative workers": (["train", "dataset.workers=-1"], "dataset.workers=-1: must be >= 0"),
+    "unreadable share": (["train", "dataset.max_bad=5"], "dataset.max_bad=5"),
+    "type of nothing": (["train", "sae.type=foo"], "sae.type=foo: no such type"),
     "no checkpoint": (["eval"], "'checkpoint' needs a value"),
     "absent checkpoint": (["eval", "checkpoint=absent"], "checkpoint=absent: there is no such folder"),
     "absent data": (
@@ -250,6 +265,39 @@ def test_out_of_memory_is_one_line(in_process, monkeypatch, capfd):
     assert in_process("train", *QUICK) == 1
     line = one_line(capfd.readouterr().err)
     assert "out of memory: lower trainer.micro_batch_size" in line
+
+
+def test_false_is_no_order_to_delete(finished_run, in_process):
+    (finished_run / "precious").write_text("kept")
+    assert in_process("train", *QUICK, "force=no") == 0
+    assert (finished_run / "precious").exists()
+
+
+def test_changed_data_are_noticed(in_process, tmp_path, capfd):
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    words = ["train", "model=clip_vit_b32", "model.weights=random", "dataset=cifar10",
+             f"dataset.path={folder}", "dataset.split=train", "dataset.heldout_split=null",
+             "site.tokens=cls", "sae.expansion=1", "sae.k=4", "trainer.n_tokens=64",
+             "trainer.batch_size=16", "evaluators=[density]", "model.batch_size=12"]  # fmt: skip
+    assert in_process(*words) == 0
+    Image.new("RGB", (16, 16), "red").save(folder / "a" / "0.png")
+    from sae_runner.commands import pipeline
+
+    pipeline._dataset.cache_clear()
+    capfd.readouterr()
+    assert in_process(*words, "seed=1") == 2
+    assert "was written from other data" in one_line(capfd.readouterr().err)
+    assert in_process("cache", *[w for w in words[1:] if w.split("=")[0].split(".")[0] in
+                                 ("model", "dataset", "site")], "force=true") == 0  # fmt: skip
+    assert in_process(*words, "seed=1") == 0
 
 
 # -- Start-up ----------------------------------------------------------------------------------

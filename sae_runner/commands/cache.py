@@ -2,12 +2,14 @@
 
 import logging
 from itertools import groupby
+from pathlib import Path
 
 from sae_runner import files
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
-from sae_runner.errors import ConfigError
-from sae_runner.store.manifest import is_complete
+from sae_runner.errors import ConfigError, StoreError
+from sae_runner.models.base import SiteInfo
+from sae_runner.store.manifest import STORE_SCHEMA, is_complete, read_json
 from sae_runner.store.writer import begin_store, estimate_bytes, write_selections
 
 log = logging.getLogger("sae_runner")
@@ -24,47 +26,77 @@ def main(job: Job) -> None:
     pipeline.check(train=False)
     if pipeline.store_options.kind == "stream":
         raise ConfigError("store=stream keeps nothing on disk; `cache` needs store=disk")
-    ensure_store(pipeline, force=bool(job.cfg["force"]))
+    ensure_store(pipeline, force=pipeline.root.force)
 
 
 def ensure_store(pipeline: Pipeline, *, force: bool = False) -> None:
-    """Write the selections that are not there yet; several processes wait for each other."""
-    infos = pipeline.infos
+    """Write the selections that are not there yet; several processes wait for each other.
+
+    Raises:
+        StoreError: the store that is there was written from other data or other local weights.
+    """
+    infos, folder = pipeline.infos, pipeline.store_dir
     if not force and all(is_complete(pipeline.selection_dir(info)) for info in infos):
-        log.info("store %s is complete", pipeline.store_dir)
+        check_unchanged(pipeline)
+        log.info("store %s is complete", folder)
         return
-    with files.locked(pipeline.store_dir):
-        if force:
-            for info in infos:
-                files.remove(pipeline.selection_dir(info))
-        missing = [info for info in infos if not is_complete(pipeline.selection_dir(info))]
+    with files.locked(folder):
+        found = [info for info in infos if is_complete(pipeline.selection_dir(info))]
+        missing = infos if force else [info for info in infos if info not in found]
         if not missing:
-            log.info("store %s is complete: another process wrote it", pipeline.store_dir)
+            log.info("store %s is complete: another process wrote it", folder)
             return
         model, dataset = pipeline.model, pipeline.dataset
-        options, loading = pipeline.store_options, pipeline.loading
+        require_space(pipeline, missing)
         names = {"model": pipeline.choices["model"], "dataset": pipeline.choices["dataset"]}
-        needed = sum(
-            estimate_bytes(
-                pipeline.plan(i), pipeline.rows_per_example(i), i.d, pipeline.store_options.dtype
+        if force and missing == infos and not _others(pipeline):
+            files.remove(folder / "store.json")  # Nothing else in the store is of its old source.
+        begin_store(folder, model, dataset, pipeline.store_identity, names, pipeline.source)
+        if force:
+            for info in missing:
+                files.remove(pipeline.selection_dir(info))
+        # Sites whose examples give the same tokens share windows, row order and one pass.
+        missing.sort(key=pipeline.layout)
+        for _, group in groupby(missing, key=pipeline.layout):
+            write(pipeline, list(group))
+    log.info("store %s holds %d selections", folder, len(infos))
+
+
+def _others(pipeline: Pipeline) -> list[Path]:
+    """Selections in the store that this command does not name."""
+    own = {pipeline.selection_dir(info) for info in pipeline.infos}
+    return [p.parent for p in pipeline.store_dir.glob("*/manifest.json") if p.parent not in own]
+
+
+def write(pipeline: Pipeline, sites: list[SiteInfo]) -> None:
+    """One pass of the model over the data for sites that share rows."""
+    log.info("caching %s", ", ".join(info.name for info in sites))
+    options, loading = pipeline.store_options, pipeline.loading
+    write_selections(
+        pipeline.store_dir, pipeline.model, pipeline.dataset, sites, pipeline.selection,
+        pipeline.plan(sites[0]), dtype=options.dtype, batch_size=loading.batch_size,
+        workers=loading.workers, max_bad=loading.max_bad,
+    )  # fmt: skip
+
+
+def check_unchanged(pipeline: Pipeline) -> None:
+    """Compare the source of a finished store with the data and local weights there are now."""
+    store = read_json(pipeline.store_dir / "store.json", STORE_SCHEMA, "activation store")
+    for what, now in pipeline.source.items():
+        if store.get("source", {}).get(what, now) != now:
+            raise StoreError(
+                f"{pipeline.store_dir} was written from other {what} than there are now: "
+                "`sae-run cache` with the same words and force=true writes it again, or set "
+                "outputs=DIR"
             )
-            for i in missing
-        )
-        written = sum(
-            files.folder_bytes(pipeline.selection_dir(i))
-            for i in missing
-            if pipeline.selection_dir(i).exists()
-        )
-        files.require_space(pipeline.outputs, needed - written, "store")
-        begin_store(pipeline.store_dir, model, dataset, pipeline.store_identity, names)
-        # Sites whose examples give equally many rows share windows, row order and one pass.
-        missing.sort(key=pipeline.rows_per_example)
-        for _, group in groupby(missing, key=pipeline.rows_per_example):
-            sites = list(group)
-            log.info("caching %s", ", ".join(info.name for info in sites))
-            write_selections(
-                pipeline.store_dir, model, dataset, sites, pipeline.selection,
-                pipeline.plan(sites[0]), dtype=options.dtype, batch_size=loading.batch_size,
-                workers=loading.workers, max_bad=loading.max_bad,
-            )  # fmt: skip
-    log.info("store %s holds %d selections", pipeline.store_dir, len(infos))
+
+
+def require_space(pipeline: Pipeline, missing: list[SiteInfo]) -> None:
+    """Refuse what will not fit; of text only what is sure to be written counts."""
+    needed = 0
+    for info in missing:
+        rows = pipeline.rows_per_example(info) if info.n_tokens else 1
+        needed += estimate_bytes(pipeline.plan(info), rows, info.d, pipeline.store_options.dtype)
+        folder = pipeline.selection_dir(info)
+        needed -= files.folder_bytes(folder) if folder.exists() else 0
+    files.require_space(pipeline.outputs, needed, "store")

@@ -44,7 +44,7 @@ def main(job: Job) -> None:
     with files.locked(run_dir), log_to(run_dir / "run.log"):
         if pipeline.store_options.kind == "disk":
             ensure_store(pipeline)
-        evaluate(run_dir, pipeline, force=bool(job.cfg["force"]), folder=folder)
+        evaluate(run_dir, pipeline, force=pipeline.root.force, folder=folder)
 
 
 def _asked(job: Job) -> str:
@@ -72,7 +72,9 @@ def pipeline_of(job: Job) -> Pipeline:
     run = run_record(find_checkpoint(_asked(job)).parent.parent)
     own = {key: job.cfg[key] for key in ("evaluators", "eval", "device", "force")}
     outputs = job.cfg.get("outputs") or run["outputs"]
-    return Pipeline({**run, **own, "outputs": outputs}, run["choices"])
+    # A run's start may be gone by now; what it was is in its identity.
+    cfg = {k: v for k, v in run.items() if k != "init_from"}
+    return Pipeline({**cfg, **own, "outputs": outputs}, run["choices"])
 
 
 def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | None = None) -> None:
@@ -85,8 +87,8 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
             log.info("evaluator %s is done", name)
         else:
             todo[name] = evaluator
-    path = report_path(run_dir, folder.name, last=folder == step_dirs(run_dir)[-1])
-    if not todo and _is_reported(path, folder, list(pipeline.evaluators)):
+    path = report_path(run_dir, folder.name, last=folder.name == step_dirs(run_dir)[-1].name)
+    if not todo and _is_reported(path, eval_dir, pipeline):
         return log.info("report is there: %s", path)
     if todo:
         store = pipeline.open_store()
@@ -94,7 +96,7 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
             raise StoreError(
                 f"checkpoint={folder}: its d_in is {facts['d_in']}, the store's is {store.d_in}"
             )
-        sae = load_sae(folder).to(resolve_device(pipeline.cfg["device"]))
+        sae = load_sae(folder).to(resolve_device(pipeline.root.device))
         options = pipeline.eval_options
         rows = store.rows("heldout", options.batch_size, options.n_rows)
         found, cost = shared_pass(todo, rows, context_of(sae, store, pipeline))
@@ -110,7 +112,12 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
         run_dir,
         facts,
         folder.name,
-        config={k: v for k, v in pipeline.cfg.items() if k not in RECORD_KEYS},
+        config={
+            **{k: v for k, v in record.items() if k not in RECORD_KEYS},
+            "evaluators": {**record["evaluators"], **pipeline.cfg["evaluators"]},
+            "eval": pipeline.cfg["eval"],
+            "expected": pipeline.cfg.get("expected"),
+        },
         choices=pipeline.choices,
         overrides=list(record["overrides"]),
         wanted=list(pipeline.evaluators),
@@ -138,14 +145,16 @@ def _is_current(
     return same
 
 
-def _is_reported(path: Path, folder: Path, wanted: list[str]) -> bool:
-    """Whether the report is there, sound, and of this checkpoint and these evaluators."""
+def _is_reported(path: Path, eval_dir: Path, pipeline: Pipeline) -> bool:
+    """Whether the report is there, sound, and says what the evaluators' files say."""
     try:
         report = load_report(path)
     except StoreError:
         return False
-    same: bool = report["run"]["checkpoint"] == folder.name
-    return same and set(wanted) <= set(report["evaluators"])
+    on_disk = {p.stem: json.loads(p.read_text()) for p in eval_dir.glob("*.json")}
+    on_disk.pop("report", None)
+    same: bool = report["run"]["checkpoint"] == eval_dir.name and report["evaluators"] == on_disk
+    return same and report["config"].get("expected") == pipeline.cfg.get("expected")
 
 
 def _config_of(pipeline: Pipeline, name: str) -> dict[str, Any]:
@@ -161,9 +170,10 @@ def context_of(sae: SAE, store: Activations, pipeline: Pipeline) -> EvalContext:
         n_rows=min(wanted or n_rows, n_rows),
         example_ids=store.example_ids("heldout"),
         seed=pipeline.eval_options.seed,
-        mean=None if mean is None else mean.to(sae.W_dec.device),
-        n_prefix=store.site.n_prefix,
-        has_cls=store.site.has_cls,
+        mean=mean,
+        # The parts of an image; a text's class token makes no picture of it.
+        n_prefix=store.site.n_prefix if store.site.grid else 0,
+        has_cls=store.site.has_cls and store.site.grid is not None,
         dataset=lambda: pipeline.dataset,
         model=lambda: pipeline.model,
     )

@@ -66,9 +66,9 @@ def show_section(title: str, entries: Sequence[Entry], needs: Related, users: Re
 
 
 def shown_path(path: Path) -> str:
-    """Relative to where we are, if that is shorter: what other commands take."""
+    """Relative to where we are, if it lies below: what other commands take."""
     relative = os.path.relpath(path)
-    return min(str(path), relative, key=len)
+    return str(path) if relative.startswith("..") else relative
 
 
 def names(entries: Sequence[Entry], limit: int = 3) -> str:

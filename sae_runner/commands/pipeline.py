@@ -8,24 +8,30 @@ This is where configs end: what is handed on takes plain typed arguments.
 import functools
 import json
 import logging
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from sae_runner import files
+from sae_runner.checkpoint import find_checkpoint, read_facts
 from sae_runner.commands import names
 from sae_runner.config import (
+    Fraction,
     NonNegative,
     Positive,
     PositiveFloat,
     construct,
+    convert,
+    fingerprint,
     identity,
     plain,
     resolve_device,
 )
 from sae_runner.data import build_dataset
 from sae_runner.data.base import Dataset
-from sae_runner.errors import ConfigError
+from sae_runner.errors import ConfigError, StoreError, did_you_mean
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators.base import Evaluator
 from sae_runner.files import require_writable
@@ -41,6 +47,51 @@ from sae_runner.store.window import WindowPlan
 from sae_runner.training.trainer import TrainOptions
 
 log = logging.getLogger("sae_runner")
+
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+GROUPS = ("model", "site", "dataset", "store")
+TRAIN_GROUPS = ("sae", "trainer", "logger", "evaluators", "eval")
+
+
+# All that may stand at the top of a config, or of a run's record of one.
+KEYS = frozenset({
+    *GROUPS, *TRAIN_GROUPS, "outputs", "device", "force", "seed", "init_from", "run_name",
+    "expected", "plan", "choices", "overrides", "identity", "code_version",
+})  # fmt: skip
+
+
+class RootOptions(NamedTuple):
+    """What stands outside every group."""
+
+    outputs: str
+    device: str
+    force: bool
+    seed: int
+    init_from: str | None
+    run_name: str | None
+
+    @classmethod
+    def from_config(
+        cls,
+        *,
+        outputs: str,
+        device: str,
+        force: bool,
+        seed: NonNegative = 0,
+        init_from: str | None = None,
+        run_name: str | None = None,
+    ) -> "RootOptions":
+        """Typed and in range; commands that train give all of them.
+
+        Raises:
+            ConfigError: a run's name that is no plain folder name.
+        """
+        if run_name is not None and not RUN_NAME.fullmatch(run_name):
+            raise ConfigError(
+                f"run_name={run_name}: only letters, digits, '.', '_' and '-', no leading '.'"
+            )
+        return cls(outputs, device, force, seed, init_from, run_name)
 
 
 class StoreOptions(NamedTuple):
@@ -99,11 +150,13 @@ class Loading(NamedTuple):
     max_bad: float
 
     @classmethod
-    def from_config(
-        cls, *, batch_size: Positive, workers: NonNegative, max_bad: float
-    ) -> "Loading":
-        """Typed and in range."""
-        return cls(batch_size, workers, max_bad)
+    def from_config(cls, model: Mapping[str, Any], dataset: Mapping[str, Any]) -> "Loading":
+        """Typed and in range, from the keys that the two groups have in common."""
+        return cls(
+            convert(model["batch_size"], Positive, "model.batch_size"),
+            convert(dataset["workers"], NonNegative, "dataset.workers"),
+            convert(dataset["max_bad"], Fraction, "dataset.max_bad"),
+        )
 
 
 @functools.lru_cache(maxsize=32)
@@ -130,19 +183,18 @@ class Pipeline:
 
     def __init__(self, cfg: Mapping[str, Any], choices: Mapping[str, str]) -> None:
         self.cfg, self.choices = plain(cfg), dict(choices)
-        self.outputs = Path(self.cfg["outputs"]).expanduser()
+        if unknown := sorted(self.cfg.keys() - KEYS):
+            raise ConfigError(f"no key {unknown[0]!r}.{did_you_mean(unknown[0], KEYS)}")
+        for group in (*GROUPS, *(TRAIN_GROUPS if "sae" in self.choices else ())):
+            if not isinstance(self.cfg.get(group), Mapping):
+                raise ConfigError(f"{group}={self.cfg.get(group)}: needs its options")
+        root = {k: self.cfg[k] for k in RootOptions._fields if k in self.cfg}
+        self.root: RootOptions = construct(RootOptions.from_config, root, where="")
+        self.outputs = Path(self.root.outputs).expanduser()
         self.store_options = construct(StoreOptions.from_config, self.cfg["store"], where="store")
-        self.loading = construct(
-            Loading.from_config,
-            {
-                "batch_size": self.cfg["model"].get("batch_size", 64),
-                "workers": self.cfg["dataset"].get("workers", 2),
-                "max_bad": self.cfg["dataset"].get("max_bad", 0.001),
-            },
-            where="model",
-        )
+        self.loading = Loading.from_config(self.cfg["model"], self.cfg["dataset"])
         site = dict(self.cfg["site"])
-        self.wanted_sites = site.pop("name")
+        self.wanted_sites = convert(site.pop("name"), str | list[str], "site.name")
         self.selection: TokenSelection = construct(
             TokenSelection.from_config, site, where="site", seed=self.store_options.seed
         )
@@ -163,12 +215,15 @@ class Pipeline:
     @cached_property
     def run_identity(self) -> dict[str, Any]:
         """What decides a trained SAE."""
-        return identity(self.cfg, names.RUN_GROUPS)
+        found = identity(self.cfg, names.RUN_GROUPS)
+        if self.root.init_from:  # A start is what its weights are, not where they lie.
+            found["init_from"] = start_hash(self.root.init_from)
+        return found
 
     @property
     def run_dir(self) -> Path:
         """Where the run is or would be: named by content, so re-typing a command finds it."""
-        name = self.cfg.get("run_name") or names.run_name(self.choices, self.run_identity)
+        name = self.root.run_name or names.run_name(self.choices, self.run_identity)
         return self.outputs / "train" / name
 
     # -- Inputs and model ------------------------------------------------------------------------
@@ -184,6 +239,17 @@ class Pipeline:
         return dataset
 
     @cached_property
+    def source(self) -> dict[str, str]:
+        """Content hashes of what a store is made from, where they cost no loading of a model."""
+        found = {"data": self.raw_dataset.fingerprint()}
+        weights = self.cfg["model"].get("weights")
+        path = Path(str(weights)).expanduser()
+        if weights and path.exists():
+            parts = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+            found["model weights"] = fingerprint([files.sha256(part) for part in parts])
+        return found
+
+    @cached_property
     def shapes(self) -> Model:
         """The model without its weights."""
         return _shapes(self._json("model"), self._json("dataset"), str(self.outputs))
@@ -195,7 +261,7 @@ class Pipeline:
 
         model = build_model(
             self.cfg["model"],
-            device=torch.device(resolve_device(self.cfg["device"])),
+            device=torch.device(resolve_device(self.root.device)),
             dataset=self.raw_dataset,
             outputs=self.outputs,
             meta=False,
@@ -252,6 +318,11 @@ class Pipeline:
     def rows_per_example(self, info: SiteInfo) -> int:
         """The most rows one example gives at a site."""
         return self.selection.rows_per_example(info, self.context)
+
+    def layout(self, info: SiteInfo) -> tuple[Any, ...]:
+        """What sites must have in common to share rows, their order and one pass."""
+        layout = (info.n_tokens or 0, info.kind, info.n_prefix, info.has_cls)
+        return (self.rows_per_example(info), *layout)
 
     def plan(self, info: SiteInfo, dataset: Dataset | None = None) -> WindowPlan:
         """How the examples are cut into windows."""
@@ -323,7 +394,7 @@ class Pipeline:
             InputError: the first thing that is wrong.
         """
         require_writable(self.outputs)
-        resolve_device(self.cfg["device"])
+        resolve_device(self.root.device)
         if train:
             SAES.check(self.cfg["sae"])
             _ = self.train_options, self.eval_options, self.evaluators
@@ -336,3 +407,18 @@ class Pipeline:
                     evaluator.check(self.raw_dataset)
                 except ConfigError as error:
                     raise ConfigError(f"evaluators.{name}: {error}") from None
+
+
+def start_hash(source: str) -> str:
+    """SHA-256 of the weights that `init_from` means.
+
+    Raises:
+        StoreError: there is no sound checkpoint.
+    """
+    try:
+        facts = read_facts(find_checkpoint(source))
+    except StoreError as error:
+        raise StoreError(
+            str(error).replace(f"checkpoint={source}", f"init_from={source}")
+        ) from None
+    return str(facts["sha256"]["sae.safetensors"])

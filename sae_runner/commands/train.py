@@ -37,7 +37,7 @@ def check(job: Job) -> None:
     pipeline.check()
     logger = checked_options(build_sinks, pipeline.cfg["logger"], where="logger")
     require_installed(logger["type"])
-    if source := pipeline.cfg.get("init_from"):
+    if source := pipeline.root.init_from:
         check_start(source, pipeline)
 
 
@@ -45,7 +45,7 @@ def main(job: Job) -> None:
     """Run a composed config to its report."""
     check(job)
     pipeline = Pipeline(job.cfg, job.choices)
-    run_dir, force = pipeline.run_dir, bool(job.cfg["force"])
+    run_dir, force = pipeline.run_dir, pipeline.root.force
     if pipeline.store_options.kind == "disk":
         ensure_store(pipeline)
     with files.locked(run_dir):
@@ -102,13 +102,13 @@ def train(run_dir: Path, pipeline: Pipeline) -> None:
     store = pipeline.open_store()
     for warning in warnings_of(pipeline, store):
         log.warning(warning)
-    device = torch.device(resolve_device(pipeline.cfg["device"]))
+    device = torch.device(resolve_device(pipeline.root.device))
     trainer = Trainer(
         pipeline.build_sae(store.d_in),
         store,
         options,
         run_dir,
-        seed=int(pipeline.cfg["seed"]),
+        seed=pipeline.root.seed,
         data_seed=pipeline.store_options.seed,
         device=device,
         facts=origin(pipeline, store),
@@ -121,8 +121,8 @@ def train(run_dir: Path, pipeline: Pipeline) -> None:
     start(trainer, run_dir, pipeline)
     log.info(
         "training %s: %d latents on %s, %d rows in %d steps from step %d, on %s",
-        pipeline.choices["sae"], trainer.sae.d_sae, pipeline.site.name, options.n_tokens,
-        options.n_steps, trainer.step, device,
+        pipeline.choices["sae"], trainer.sae.d_sae, pipeline.site.name,
+        options.n_steps * options.batch_size, options.n_steps, trainer.step, device,
     )  # fmt: skip
     trainer.run()
 
@@ -143,7 +143,7 @@ def start(trainer: Trainer, run_dir: Path, pipeline: Pipeline) -> None:
     for name in ("metrics.jsonl", "timings.jsonl"):
         (run_dir / name).unlink(missing_ok=True)
     trainer.initialise()
-    if source := pipeline.cfg.get("init_from"):
+    if source := pipeline.root.init_from:
         take_weights(trainer.sae, check_start(source, pipeline))
 
 

@@ -87,5 +87,5 @@ def check_same_source(path: Path, store: Mapping[str, Any], model: str, data: st
         if found != wanted:
             raise StoreError(
                 f"{path} was written from other {what} ({found[:12]}, now {wanted[:12]}): "
-                f"sae-run rm {path}, or set outputs=DIR"
+                "`sae-run cache` with the same words and force=true writes it again"
             )

@@ -64,7 +64,8 @@ class ActivationStore(Activations):
     def _check_size(self, path: Path, n_bytes: int) -> None:
         if not path.is_file() or path.stat().st_size != n_bytes:
             raise StoreError(
-                f"{path} is absent or cut short: sae-run rm {self.folder} and cache again"
+                f"{path} is absent or cut short: `sae-run cache` with the same words and "
+                "force=true writes it again"
             )
 
     @property
@@ -173,8 +174,8 @@ class ActivationStore(Activations):
         self._check_size(path, file["bytes"])
         if files.sha256(path) != file["sha256"]:
             raise StoreError(
-                f"{path} is damaged: it differs from its hash; sae-run rm {self.folder} "
-                "and cache again"
+                f"{path} is damaged: it differs from its hash; `sae-run cache` with the same words "
+                "and force=true writes it again"
             )
 
     def _to_read(self, file: dict[str, Any]) -> Path:

@@ -38,7 +38,12 @@ log = logging.getLogger("sae_runner")
 
 
 def begin_store(
-    store_dir: Path, model: Model, dataset: Dataset, config: dict[str, Any], names: dict[str, str]
+    store_dir: Path,
+    model: Model,
+    dataset: Dataset,
+    config: dict[str, Any],
+    names: dict[str, str],
+    source: dict[str, str],
 ) -> None:
     """Write store.json, or check that the one there is of the same weights and data."""
     files.remove_partials(store_dir)
@@ -57,6 +62,7 @@ def begin_store(
             },
             "dataset": {**dataset.describe(), "name": names["dataset"]},
             "config": config,
+            "source": source,
             "sites": {name: site_to_json(info) for name, info in model.sites().items()},
         },
     )
