@@ -132,8 +132,9 @@ class TopK(SAE):
         self.set_input_scale(stats)
         self.initialise_weights(1.0, generator)
         self.initialise_b_dec(stats, self.b_dec_init)
-        deviations = stats.sample.double() - stats.mean.double().to(stats.sample.device)
-        baseline = deviations.square().mean() * self.input_scale.double().to(deviations.device) ** 2
+        # On the CPU: Metal has no float64.
+        deviations = stats.sample.cpu().double() - stats.mean.cpu().double()
+        baseline = deviations.square().mean() * float(self.input_scale) ** 2
         if self.loss_reduction == "normalised" and not baseline > 0:
             raise DataError("sae.loss_reduction=normalised: all training activations are equal")
         self.mean_baseline_mse.copy_(baseline)

@@ -176,6 +176,27 @@ def test_predicting_the_mean_has_normalised_error_one(new, stats, rows):
     assert sae.loss(x, TrainState()).parts["normalised_mse"].item() == pytest.approx(1, rel=1e-5)
 
 
+class OnMetal(torch.Tensor):
+    """As a tensor on Metal, which knows no float64."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_device_without_float64_can_initialise(new, stats, rows):
+    x, baselines = rows(200, 8), []
+    for kind in (torch.Tensor, OnMetal):
+        sae = new("topk", 8, 24, loss_reduction="normalised", b_dec_init="mean", k=3)
+        given = stats(x)
+        given = given._replace(mean=given.mean.as_subclass(kind), sample=x.as_subclass(kind))
+        sae.initialise(given, torch.Generator().manual_seed(0))
+        baselines.append(sae.mean_baseline_mse.item())
+    assert baselines[0] == baselines[1]
+
+
 def test_fold_keeps_the_normalised_loss(small, rows):
     sae, x = small(), rows(20, D_IN).double()
     state = TrainState(torch.from_numpy(DEAD))
