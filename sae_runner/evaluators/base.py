@@ -33,6 +33,7 @@ class Rows(NamedTuple):
     position: Int64[Tensor, " n"]
     """Token position within the example."""
     label: Int64[Tensor, " n"] | None
+    """Class, -1 where an example has none; None where the dataset has no classes."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_runner.data._packed import Framing
 from sae_runner.data.base import Example
 from sae_runner.errors import ConfigError, DataError
-from sae_runner.models.base import Inputs
+from sae_runner.models.base import Inputs, labels_of
 
 
 class Tokens:
@@ -66,9 +66,7 @@ class Tokens:
             DataError: a string without any token.
         """
         ids = torch.tensor([example.id for example in examples], dtype=torch.int64)
-        labels = None
-        if all(example.label is not None for example in examples):
-            labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
+        labels = labels_of(examples)
         if not isinstance(examples[0].value, str):
             tokens = torch.from_numpy(np.stack([example.value for example in examples]))
             attended = torch.ones(tokens.shape, dtype=torch.bool)

@@ -58,6 +58,7 @@ class Inputs:
     special: Bool[Tensor, "n t"] | None = None
     """Text: True at BOS, EOS, CLS, SEP and their like."""
     labels: Int64[Tensor, " n"] | None = None
+    """Class of each example, -1 where it has none; None where none of the batch has one."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,6 +76,13 @@ class Inputs:
             tensors={k: change(v) for k, v in self.tensors.items()},
             **{k: None if v is None else change(v) for k, v in optional.items()},
         )
+
+
+def labels_of(examples: Sequence[Example]) -> Int64[Tensor, " n"] | None:
+    """What `Inputs.labels` is for a batch."""
+    if all(example.label is None for example in examples):
+        return None
+    return torch.tensor([-1 if e.label is None else e.label for e in examples], dtype=torch.int64)
 
 
 class Model(ABC):

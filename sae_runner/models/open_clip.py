@@ -22,7 +22,7 @@ from sae_runner.models._open_clip_weights import (
     trained_with,
 )
 from sae_runner.models._precision import Precision
-from sae_runner.models.base import HookedModel, Inputs, Tap, weights_hash
+from sae_runner.models.base import HookedModel, Inputs, Tap, labels_of, weights_hash
 
 log = logging.getLogger("sae_runner")
 
@@ -129,9 +129,7 @@ class OpenCLIP(HookedModel):
         """Resize, crop and normalise as the weights were evaluated; no randomness."""
         pixels = torch.stack([self.transform(e.value.convert("RGB")) for e in examples])
         ids = torch.tensor([e.id for e in examples], dtype=torch.int64)
-        labels = [e.label for e in examples if e.label is not None]
-        known = torch.tensor(labels) if len(labels) == len(examples) else None
-        return Inputs(ids, {"pixels": pixels}, labels=known)
+        return Inputs(ids, {"pixels": pixels}, labels=labels_of(examples))
 
     def encode_text(self, texts: list[str]) -> Float[Tensor, "n d"]:
         """Text embeddings, not normalised.

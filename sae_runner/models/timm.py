@@ -17,7 +17,7 @@ from sae_runner.models import MODELS
 from sae_runner.models._artefact import assign, load, seeded
 from sae_runner.models._precision import DTYPES, Precision
 from sae_runner.models._timm_sites import find_sites
-from sae_runner.models.base import HookedModel, Inputs, Tap, weights_hash
+from sae_runner.models.base import HookedModel, Inputs, Tap, labels_of, weights_hash
 
 log = logging.getLogger("sae_runner")
 
@@ -103,9 +103,7 @@ class Timm(HookedModel):
         mode = "L" if channels == 1 else "RGB"
         pixels = torch.stack([self.transform(e.value.convert(mode)) for e in examples])
         ids = torch.tensor([e.id for e in examples], dtype=torch.int64)
-        labels = [e.label for e in examples if e.label is not None]
-        known = torch.tensor(labels) if len(labels) == len(examples) else None
-        return Inputs(ids, {"pixels": pixels}, labels=known)
+        return Inputs(ids, {"pixels": pixels}, labels=labels_of(examples))
 
     def fingerprint(self) -> str:
         """See `Model.fingerprint`; computed again only when a weight has changed."""

@@ -27,7 +27,7 @@ from sae_runner.models import MODELS
 from sae_runner.models._artefact import Artefact, assign, identity_of, load, seeded, trained
 from sae_runner.models._classifier_training import Labelled, Recipe, accuracy, fit
 from sae_runner.models._constructors import CONSTRUCTORS, construct_network, constructor
-from sae_runner.models.base import HookedModel, Inputs, Tap, weights_hash
+from sae_runner.models.base import HookedModel, Inputs, Tap, labels_of, weights_hash
 
 __all__ = ["CONSTRUCTORS", "TorchModule", "constructor"]
 
@@ -185,9 +185,7 @@ class TorchModule(HookedModel):
         """Convert to grey or RGB, resize without cropping, normalise."""
         pixels = self.normalise(self.to_bytes(examples))
         ids = torch.tensor([e.id for e in examples], dtype=torch.int64)
-        labels = [e.label for e in examples if e.label is not None]
-        known = torch.tensor(labels) if len(labels) == len(examples) else None
-        return Inputs(ids, {"pixels": pixels}, labels=known)
+        return Inputs(ids, {"pixels": pixels}, labels=labels_of(examples))
 
     def to_bytes(self, examples: Sequence[Example]) -> UInt8[Tensor, "n c h w"]:
         """Resized images before normalisation."""

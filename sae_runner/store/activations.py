@@ -31,6 +31,7 @@ class StoredRows(NamedTuple):
     example_id: Int64[Tensor, " n"]
     position: Int64[Tensor, " n"]
     label: Int64[Tensor, " n"] | None
+    """-1 where an example has none; None where the dataset has no classes."""
 
 
 class Batch(NamedTuple):

@@ -78,7 +78,7 @@ class WindowRows:
     """By site: [n, d] in the store's dtype."""
     example_id: Tensor  # [n] int32
     position: Tensor  # [n] int32; -1 where tokens were averaged
-    label: Tensor | None  # [n] int32; -1 where an example has none
+    label: Tensor | None  # [n] int32; -1 where an example has none; None without classes
     bad: list[Unreadable]
 
     def __len__(self) -> int:
@@ -126,8 +126,10 @@ def compute_window(
             if i == 0:
                 example_id.append(ids_of_rows)
                 position.append(positions)
-                if inputs.labels is not None:
-                    label.append(inputs.labels[rows_of].int())
+                labels = inputs.labels
+                if labels is None:
+                    labels = torch.full((len(inputs),), -1)
+                label.append(labels[rows_of].int())
             elif not (
                 torch.equal(ids_of_rows, example_id[-1]) and torch.equal(positions, position[-1])
             ):
@@ -146,7 +148,7 @@ def compute_window(
         {name: torch.cat(columns.pop(name))[order] for name in list(columns)},
         torch.cat(example_id)[order],
         torch.cat(position)[order],
-        torch.cat(label)[order] if label else None,
+        torch.cat(label)[order] if dataset.label_names else None,
         bad,
     )
 

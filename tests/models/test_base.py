@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sae_runner.data.base import Example
 from sae_runner.errors import ConfigError
-from sae_runner.models.base import HookedModel, Inputs, Tap, weights_hash
+from sae_runner.models.base import HookedModel, Inputs, Tap, labels_of, weights_hash
 
 # -- Taps ----------------------------------------------------------------------------------------
 
@@ -439,6 +440,12 @@ def test_every_tensor_of_a_batch_is_mapped():
     assert twice.tensors["x"].shape == (4, 3) and twice.tensors["y"].shape == (4,)
     assert twice.labels.tolist() == [4, 4, 5, 5] and twice.special is None
     assert len(inputs) == 2 and inputs.to("meta").tensors["x"].device.type == "meta"
+
+
+def test_an_example_without_a_label_has_minus_one_among_others_that_have_one():
+    some = labels_of([Example(0, "a", 3), Example(1, "b"), Example(2, "c", 0)])
+    assert some.tolist() == [3, -1, 0] and some.dtype == torch.int64
+    assert labels_of([Example(0, "a"), Example(1, "b")]) is None
 
 
 def test_a_hash_is_of_names_shapes_dtypes_numbers_and_facts():

@@ -276,8 +276,8 @@ def test_preparing_is_the_librarys_evaluation_transform(vit):
     _, _, transform = open_clip.create_model_and_transforms("test-vit")
     assert torch.equal(pixels[0], transform(image(0)))
     assert torch.equal(pixels[3], transform(image(2).convert("P").convert("RGB")))
-    unlabelled = vit.prepare([Example(0, image(0), 1), Example(1, image(1), None)])
-    assert unlabelled.labels is None
+    half = vit.prepare([Example(0, image(0), 1), Example(1, image(1), None)])
+    assert half.labels.tolist() == [1, -1]
 
 
 def test_zero_shot_scores_are_those_of_the_library(vit):

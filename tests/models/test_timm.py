@@ -319,6 +319,8 @@ def test_pixels_are_scaled_and_normalised_as_the_tag_says() -> None:
     expected = torch.tensor((0.2 - mean) / std, dtype=torch.float32).view(3, 1, 1)
     torch.testing.assert_close(pixels, expected.expand(2, 3, 64, 64))
     assert host.prepare([Example(0, grey)]).labels is None
+    half = host.prepare([Example(0, grey), Example(1, grey, 4)])
+    assert half.labels is not None and half.labels.tolist() == [-1, 4]
 
 
 def test_half_precision_takes_edits_in_full() -> None:

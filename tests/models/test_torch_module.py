@@ -187,10 +187,10 @@ def test_splice_and_resume(host: TorchModule) -> None:
 def test_pixels_are_scaled_resized_and_normalised(tmp_path: Path) -> None:
     grey = build(tmp_path, digits(), weights="random", image_size=4, mean=[0.25], std=[0.5])
     image = Image.fromarray(np.full((9, 7), 51, np.uint8))
-    inputs = grey.prepare([Example(3, image, 1), Example(4, image.convert("RGB"), 0)])
+    inputs = grey.prepare([Example(3, image, 1), Example(4, image.convert("RGB"))])
     expected = torch.full((2, 1, 4, 4), (0.2 - 0.25) / 0.5)
     torch.testing.assert_close(inputs.tensors["pixels"], expected)
-    assert inputs.labels is not None and inputs.labels.tolist() == [1, 0]
+    assert inputs.labels is not None and inputs.labels.tolist() == [1, -1]
     colour = build(tmp_path, digits(), weights="random", image_size=2, channels=3,
                    mean=[0.0, 0.0, 0.0], std=[1.0, 0.5, 1.0])  # fmt: skip
     pixel = np.zeros((2, 2, 3), np.uint8)

@@ -6,7 +6,7 @@ import torch
 
 from sae_runner.data.base import SPLITS
 from sae_runner.errors import DataError
-from sae_runner.models.base import Inputs, SiteInfo, Tap
+from sae_runner.models.base import Inputs, SiteInfo, Tap, labels_of
 from sae_runner.site import TokenSelection, layout_key
 from sae_runner.store.window import WindowPlan, compute_window, select_rows, stored
 
@@ -176,3 +176,24 @@ def test_the_layout_of_a_site_says_with_which_others_it_shares_rows():
     assert layout_key(stage) == layout_key(replace(stage, name="stages.0.blocks.1", d=192))
     for change in ({"n_tokens": 784}, {"kind": "tokens"}, {"n_prefix": 1}, {"has_cls": True}):
         assert layout_key(stage) != layout_key(replace(stage, **change))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_of_unlabelled_examples_are_marked(world, named):
+    labels = {i: None if i % 4 < 3 else i % 3 for i in range(world.dataset.n)}
+    load, prepare = world.dataset.load, world.host.prepare
+    world.dataset.load = lambda ids: [e._replace(label=labels[e.id]) for e in load(ids)]
+    world.host.prepare = lambda examples: replace(
+        prepare([e._replace(label=0) for e in examples]), labels=labels_of(examples)
+    )
+    world.dataset.label_names = ("a", "b", "c") if named else None
+    for batch_size in (1, 5):  # One at a time, most batches have no label at all.
+        rows = compute_window(
+            world.host, world.dataset, [world.host.sites()["embed"]], world.selection, plan(world),
+            "train", 0, batch_size=batch_size, workers=0, dtype="fp32",
+        )  # fmt: skip
+        if named:
+            known = [-1 if labels[i] is None else labels[i] for i in rows.example_id.tolist()]
+            assert rows.label.tolist() == known and -1 in known and max(known) >= 0
+        else:
+            assert rows.label is None
