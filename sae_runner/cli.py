@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -81,7 +82,12 @@ def dispatch() -> None:
             hydra_app(command)()
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else 130
-        stop(f"sae-run {command}: {error or 'interrupted: type the same command to go on'}", code)
+        message = f"sae-run {command}: {error or 'interrupted: type the same command to go on'}"
+        if any(thread.name == "prefetch" for thread in threading.enumerate()):
+            # A thread inside torch cannot be ended, and the interpreter would die of it.
+            print(message, file=sys.stderr, flush=True)
+            os._exit(code)
+        stop(message, code)
     except BrokenPipeError:
         raise
     except Exception as error:

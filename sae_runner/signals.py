@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: stop at the next safe place, say how to go on."""
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from types import FrameType
 
 from sae_runner.errors import Interrupted
 
+log = logging.getLogger("sae_runner")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -42,6 +44,7 @@ def deferred() -> Iterator[StopRequest]:
         if request:
             raise Interrupted(signum)
         request.signum = signum
+        log.info("%s: saving; once more stops at once", signal.Signals(signum).name)
 
     try:
         before = {number: signal.signal(number, handler) for number in SIGNALS}

@@ -41,8 +41,20 @@ class Prefetched:
         return self
 
     def __next__(self) -> Batch:
+        batch = self.next_unless(False)
+        assert batch is not None
+        return batch
+
+    def next_unless(self, stop: object) -> Batch | None:
+        """The next batch, or None as soon as `stop` is true while there is none to take."""
         start = time.perf_counter()
-        item = self.queue.get()
+        item: Batch | BaseException | None = None
+        while item is None:
+            try:
+                item = self.queue.get(timeout=0.2)
+            except queue.Empty:
+                if stop:
+                    return None
         self.wait_s += time.perf_counter() - start
         if isinstance(item, BaseException):
             self.stopped.set()
@@ -51,6 +63,6 @@ class Prefetched:
         return item
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead. A window that is being computed is not waited for."""
         self.stopped.set()
-        self.thread.join(timeout=5)
+        self.thread.join(timeout=1)

@@ -43,7 +43,7 @@ def begin_store(
     dataset: Dataset,
     config: dict[str, Any],
     names: dict[str, str],
-    source: dict[str, str],
+    source: dict[str, str] | None = None,
 ) -> None:
     """Write store.json, or check that the one there is of the same weights and data."""
     files.remove_partials(store_dir)
@@ -62,7 +62,7 @@ def begin_store(
             },
             "dataset": {**dataset.describe(), "name": names["dataset"]},
             "config": config,
-            "source": source,
+            "source": source or {},
             "sites": {name: site_to_json(info) for name, info in model.sites().items()},
         },
     )

@@ -118,6 +118,8 @@ class Trainer:
         keep_at = options.checkpoint_steps()
         shuffled = self.store.shuffled(options.batch_size, self.data_seed, start=self.position)
         # No more than will be used: a stream must not keep the model busy once training is over.
+        # Before anything is read ahead: a stream is read front to back.
+        self.mean = self.store.stats(1).mean.to(self.device)
         batches = Prefetched(itertools.islice(shuffled, options.n_steps - self.step), self.prefetch)
         progress = Progress(
             "train",
@@ -125,13 +127,18 @@ class Trainer:
             "rows",
             done=self.step * options.batch_size,
         )
-        self.mean = self.store.stats(1).mean.to(self.device)
         started, waited, first = time.perf_counter(), 0.0, self.step
         self.saved_at = time.monotonic()
         try:
             with signals.deferred() as stop:
                 while self.step < options.n_steps:
-                    batch = next(batches)
+                    batch = batches.next_unless(stop)
+                    if batch is None:  # Waiting for a window of a stream can take minutes.
+                        self.save()
+                        stop.interrupt(
+                            f"stopped at step {self.step}; type the same command to go on"
+                        )
+                        break
                     loss, grad_norm, lr = self.take_step(batch.x.to(self.device))
                     self.step, self.position = self.step + 1, batch.position
                     last = self.step == options.n_steps

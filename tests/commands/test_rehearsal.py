@@ -117,7 +117,8 @@ def pipeline(compose_job, tmp_path, monkeypatch):
         job = compose_job("train", "model=toy", "evaluators=[]", f"outputs={tmp_path}/outputs")
         common = {"site": "embed", "tokens": "all", "batch_size": 4, "context": CONTEXT}
         site = {**job.cfg["site"], "name": "embed"}
-        cfg = {**job.cfg, "model": {**common, **model}, "dataset": {"type": "made_up_text"}}
+        made_up = {"type": "made_up_text", "workers": 0, "max_bad": 0.0}
+        cfg = {**job.cfg, "model": {**common, **model}, "dataset": made_up}
         return Pipeline({**cfg, "site": site}, {**job.choices, "dataset": "made_up"})
 
     return pipeline
