@@ -16,6 +16,9 @@ COMMON_KEYS = frozenset({"max_bad", "workers"})
 
 def build_dataset(cfg: Any, **runtime: Any) -> "Dataset":
     """The dataset that a `dataset` config describes. Run-time objects: `outputs` (Path)."""
-    options = {k: v for k, v in plain(cfg).items() if k not in COMMON_KEYS}
+    whole = plain(cfg)
+    options = {k: v for k, v in whole.items() if k not in COMMON_KEYS}
     dataset: Dataset = DATASETS.build(options, **runtime)
+    if "max_bad" in whole:
+        dataset.max_bad = whole["max_bad"]
     return dataset

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int32
 
 from sae_runner.config import fingerprint
-from sae_runner.data.base import SPLITS, Dataset, Example, Ids, Split, Unreadable
+from sae_runner.data.base import SPLITS, Dataset, Example, Ids, Split, Unreadable, refuse_bad
 from sae_runner.errors import DataError
 from sae_runner.files import atomic, locked, sha256, write_json, write_tensors
 from sae_runner.log import Progress
@@ -109,7 +109,8 @@ class PackedText(Dataset):
         folder: `<outputs>/data`.
 
     Raises:
-        DataError: a split has too little text for one row.
+        DataError: a split has too little text for one row; or more documents are unreadable than
+            `source.max_bad` allows (none, where it does not say).
     """
 
     modality = "tokens"
@@ -127,6 +128,8 @@ class PackedText(Dataset):
             if not (self.folder / "manifest.json").exists():
                 self._write(source, encode)
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
+        n_bad = self.manifest["n_unreadable"]  # Rows may have been packed under another limit.
+        refuse_bad(n_bad, sum(self.manifest["n_documents"].values()) + n_bad, max_bad_of(source))
         self.rows = mapped(self.folder / "tokens.safetensors")
 
     def _write(self, source: Dataset, encode: Encode) -> None:
@@ -179,6 +182,12 @@ class PackedText(Dataset):
         return super().describe() | packing | {"packed_from": self.manifest["source"]}
 
 
+def max_bad_of(source: Dataset) -> float:
+    """The share of a corpus's documents that may be unreadable; none where it does not say."""
+    limit: float = getattr(source, "max_bad", 0.0)
+    return limit
+
+
 def mapped(path: Path) -> dict[Split, torch.Tensor]:
     """Both splits' rows; pages of the file come in as they are read."""
     from safetensors import safe_open
@@ -188,7 +197,11 @@ def mapped(path: Path) -> dict[Split, torch.Tensor]:
 
 
 def fill(packers: Mapping[Split, Packer], source: Dataset, encode: Encode) -> list[Unreadable]:
-    """Read and tokenise every document in one ascending pass; what was unreadable is given back."""
+    """Read and tokenise every document in one ascending pass; what was unreadable is given back.
+
+    Raises:
+        DataError: it is too much, said as soon as that is known.
+    """
     heldout = source.ids("heldout")
     ids = np.sort(np.concatenate([source.ids("train"), heldout]))
     held = np.isin(ids, heldout)
@@ -198,6 +211,7 @@ def fill(packers: Mapping[Split, Packer], source: Dataset, encode: Encode) -> li
         part = slice(start, start + DOCUMENTS_AT_ONCE)
         loaded = list(zip(source.load(ids[part]), held[part], strict=True))
         unreadable += [example for example, _ in loaded if isinstance(example, Unreadable)]
+        refuse_bad(len(unreadable), len(ids), max_bad_of(source), *unreadable[:1])
         good = [(example, h) for example, h in loaded if isinstance(example, Example)]
         tokens = encode([example.value for example, _ in good])
         for row, (_, h) in zip(tokens, good, strict=True):

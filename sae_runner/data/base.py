@@ -39,6 +39,21 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+def refuse_bad(
+    n_bad: int, n_examples: int, max_bad: float, example: Unreadable | None = None
+) -> None:
+    """Refuse to go on when more than `max_bad` of everything could not be read.
+
+    Raises:
+        DataError: past the limit; `example` is named.
+    """
+    if n_bad > max_bad * n_examples:
+        one = f", e.g. {example.id}: {example.reason}" if example else ""
+        raise DataError(
+            f"dataset.max_bad={max_bad:g}: {n_bad} of {n_examples} examples are unreadable{one}"
+        )
+
+
 class Dataset(ABC):
     """Examples by id, in two splits that never mix."""
 
@@ -48,6 +63,8 @@ class Dataset(ABC):
     label_names: tuple[str, ...] | None = None
     random_access: bool = True
     """Whether any id can be read at any time; a stream is read in ascending order only."""
+    max_bad: float
+    """`dataset.max_bad`, the share that may be unreadable, where a config says it."""
 
     @abstractmethod
     def ids(self, split: Split) -> Ids:

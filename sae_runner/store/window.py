@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_runner.data.base import Dataset, Ids, Split, Unreadable
+from sae_runner.data.base import Dataset, Ids, Split, Unreadable, refuse_bad
 from sae_runner.errors import DataError
 from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import Inputs, Model, SiteInfo
@@ -161,11 +161,7 @@ def check_bad(new: Sequence[Unreadable], n_bad: int, n_examples: int, max_bad: f
     """
     for example in new:
         log.warning("unreadable example %d: %s", example.id, example.reason)
-    if n_bad > max_bad * n_examples:
-        one = f", e.g. {new[0].id}: {new[0].reason}" if new else ""
-        raise DataError(
-            f"dataset.max_bad={max_bad:g}: {n_bad} of {n_examples} examples are unreadable{one}"
-        )
+    refuse_bad(n_bad, n_examples, max_bad, new[0] if new else None)
 
 
 def select_rows(

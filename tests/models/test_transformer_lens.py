@@ -565,7 +565,9 @@ def test_other_splits_and_contexts_are_packed_elsewhere(folders, tmp_path):
 def test_unreadable_documents_are_left_out_counted_and_named(folders, tmp_path, caplog):
     bad = int(Corpus().ids("train")[2])
     model = build(tmp_path, weights=str(folders / "gpt2"), context=32, prepend_bos=True)
-    packed = model.adapt(Corpus(bad=bad))
+    corpus = Corpus(bad=bad)
+    corpus.max_bad = 1 / 40
+    packed = model.adapt(corpus)
     facts = packed.describe()
     assert facts["n_documents"] == {"train": 29, "heldout": 10} and facts["n_unreadable"] == 1
     assert f"1 of 40 documents could not be read; the first is {bad}: torn" in caplog.text
