@@ -144,7 +144,7 @@ class World:
         infos = [self.host.sites()[site] for site in sites or ("embed",)]
         store_dir = self.folder / folder
         names = {"model": "host", "dataset": "texts"}
-        begin_store(store_dir, self.host, self.dataset, {"seed": self.seed}, names)
+        begin_store(store_dir, self.host, self.dataset, {"seed": self.seed}, names, {"data": "x"})
         write_selections(
             store_dir, self.host, self.dataset, infos, self.selection, self.plan(),
             dtype=self.dtype, batch_size=self.batch_size, workers=self.workers,

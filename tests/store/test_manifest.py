@@ -78,7 +78,7 @@ def test_rows_of_other_weights_or_data_are_not_added(tmp_path, world):
     check_same_source(tmp_path, store, "a" * 64, "b" * 64)
     with pytest.raises(StoreError, match=r"other model weights \(aaaaaaaaaaaa, now cccccccccccc\)"):
         check_same_source(tmp_path, store, "c" * 64, "b" * 64)
-    with pytest.raises(StoreError, match=r"from other data .*sae-run rm"):
+    with pytest.raises(StoreError, match=r"from other data .*force=true"):
         check_same_source(tmp_path, store, "a" * 64, "c" * 64)
     world.write()
     world.dataset.fingerprint = lambda: "c" * 64

@@ -97,7 +97,7 @@ def toy() -> Callable[..., tuple[Activations, Activations]]:
         host = ToyHost(torch.device("cpu"), dataset)
         info, selection = host.sites()["activations"], TokenSelection("all")
         plan = WindowPlan.make(dataset, window_rows=32, rows_per_example=1, seed=9)
-        begin_store(folder, host, dataset, {}, {"model": "toy", "dataset": "toy"})
+        begin_store(folder, host, dataset, {}, {"model": "toy", "dataset": "toy"}, {})
         how = {"dtype": "fp32", "batch_size": 10, "workers": 2, "max_bad": 0.0}
         write_selections(folder, host, dataset, [info], selection, plan, **how)
         disk = ActivationStore(selection_dir(folder, info.name, selection), mix_rows=100)
