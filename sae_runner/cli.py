@@ -168,13 +168,17 @@ def preflight(command: str) -> "list[Job]":
     sweeps = {"-m", "--multirun"} & set(words) or any("experiment=" in w for w in words)
     if not sweeps or {"--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help"} & set(words):
         return []
+    from sae_runner.errors import InputError
     from sae_runner.sweep import composed_jobs
 
     module = importlib.import_module(f"sae_runner.commands.{command}")
     check: Any = getattr(module, "check", None)
     jobs = composed_jobs(command, words)
     for job in jobs if check and len(jobs) > 1 else []:
-        check(job)
+        try:
+            check(job)
+        except InputError as error:
+            raise type(error)(f"{error} (in {', '.join(job.overrides)})") from None
     return jobs
 
 

@@ -17,7 +17,7 @@ from sae_runner.checkpoint import (
 )
 from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.caveats import warnings_about
-from sae_runner.commands.eval import evaluate
+from sae_runner.commands.eval import evaluate, run_record
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import checked_options, construct, resolve_device
@@ -39,6 +39,24 @@ def check(job: Job) -> None:
     require_installed(logger["type"])
     if source := pipeline.root.init_from:
         check_start(source, pipeline)
+    if not pipeline.root.force:
+        check_same_run(pipeline)
+
+
+def check_same_run(pipeline: Pipeline) -> dict[str, Any] | None:
+    """The record of the run that is there, if there is one.
+
+    Raises:
+        ConfigError: it is of another configuration.
+    """
+    path = pipeline.run_dir / "config.yaml"
+    if not path.is_file():
+        return None
+    old = run_record(pipeline.run_dir)
+    if old["identity"] != pipeline.run_identity:
+        name = pipeline.run_dir.name
+        raise ConfigError(f"run_name={name}: there is a run of another configuration")
+    return old
 
 
 def main(job: Job) -> None:
@@ -71,14 +89,11 @@ def begin_run(run_dir: Path, pipeline: Pipeline, job: Job) -> None:
         "identity": pipeline.run_identity,
         "code_version": __version__,
     }
-    path = run_dir / "config.yaml"
-    if path.is_file():
-        old: Any = OmegaConf.to_container(OmegaConf.load(path))
-        if old["identity"] != pipeline.run_identity:
-            raise ConfigError(f"run_name={run_dir.name}: there is a run of another configuration")
+    if old := check_same_run(pipeline):
         if old["code_version"] != __version__:
             log.warning("%s was begun by version %s", run_dir.name, old["code_version"])
         record["code_version"] = old["code_version"]
+    path = run_dir / "config.yaml"
     files.write_text(path, OmegaConf.to_yaml(record))
 
 
