@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ log = logging.getLogger("sae_runner")
 DIVERGED = 1e4
 """Squared error over squared norm of x: a reconstruction a hundred times too long is none."""
 LogSink = Callable[[dict[str, float]], None]
+
+
+class _Logged(NamedTuple):
+    """When timings were logged last."""
+
+    step: int
+    at: float
+    wait_s: float = 0.0
 
 
 class Trainer:
@@ -66,6 +74,7 @@ class Trainer:
         self.dead = DeadLatents(sae.d_sae, options.dead_window, device)
         self.step, self.position = 0, Position()
         self.mean = torch.zeros(sae.d_in)
+        self.logged = _Logged(0, time.perf_counter())
         self.saved_step, self.saved_at = 0, time.monotonic()
 
     # -- Where to start --------------------------------------------------------------------------
@@ -116,10 +125,10 @@ class Trainer:
         """
         options = self.options
         keep_at = options.checkpoint_steps()
-        shuffled = self.store.shuffled(options.batch_size, self.data_seed, start=self.position)
-        # No more than will be used: a stream must not keep the model busy once training is over.
         # Before anything is read ahead: a stream is read front to back.
         self.mean = self.store.stats(1).mean.to(self.device)
+        shuffled = self.store.shuffled(options.batch_size, self.data_seed, start=self.position)
+        # No more than will be used: a stream must not keep the model busy once training is over.
         batches = Prefetched(itertools.islice(shuffled, options.n_steps - self.step), self.prefetch)
         progress = Progress(
             "train",
@@ -127,40 +136,41 @@ class Trainer:
             "rows",
             done=self.step * options.batch_size,
         )
-        started, waited, first = time.perf_counter(), 0.0, self.step
+        self.logged = _Logged(self.step, time.perf_counter())
         self.saved_at = time.monotonic()
         try:
             with signals.deferred() as stop:
                 while self.step < options.n_steps:
                     batch = batches.next_unless(stop)
                     if batch is None:  # Waiting for a window of a stream can take minutes.
+                        self.log_timings(batches.wait_s)
                         self.save()
-                        stop.interrupt(
-                            f"stopped at step {self.step}; type the same command to go on"
-                        )
+                        self._interrupt(stop)
                         break
                     loss, grad_norm, lr = self.take_step(batch.x.to(self.device))
                     self.step, self.position = self.step + 1, batch.position
                     last = self.step == options.n_steps
-                    if self.step % options.log_every == 0 or last:
+                    logging_now = self.step % options.log_every == 0 or last
+                    if logging_now:
                         row = self.log_metrics(batch.x, loss, grad_norm, lr)
-                        seconds = time.perf_counter() - started
-                        wait = (batches.wait_s - waited) / max(seconds, 1e-9)
-                        self.log_timings(seconds, wait, self.step - first)
-                        started, waited, first = time.perf_counter(), batches.wait_s, self.step
                         note = f"loss {row['loss']:.4g} fvu {row['fvu']:.3f} l0 {row['l0']:.1f}"
                         progress.advance(0, note)
                     progress.advance(len(batch.x))
-                    if self.step in keep_at or last or stop or self.save_is_due():
+                    stopping = bool(stop)  # A signal that comes later waits for the next step.
+                    saving = self.step in keep_at or last or stopping or self.save_is_due()
+                    if saving or logging_now:
+                        self.log_timings(batches.wait_s)
+                    if saving:
                         self.check_sound(batch.x, loss, grad_norm)
                         self.save()
-                    if stop:
-                        stop.interrupt(
-                            f"stopped at step {self.step}; type the same command to go on"
-                        )
+                    if stopping or (last and stop):
+                        self._interrupt(stop)
         finally:
             progress.close()
             batches.close()
+
+    def _interrupt(self, stop: signals.StopRequest) -> None:
+        stop.interrupt(f"stopped at step {self.step}; type the same command to go on")
 
     def take_step(self, x: Tensor) -> tuple[Loss, Tensor, float]:
         """One update on a batch [n, d_in]: the loss of its last part, gradient norm, lr."""
@@ -243,14 +253,21 @@ class Trainer:
                     f"({self.options.clip_grad_norm}); the last checkpoint stays"
                 )
 
-    def log_timings(self, seconds: float, wait_fraction: float, n_steps: int) -> None:
-        """Append one line to timings.jsonl: what a clock and a memory meter say."""
+    def log_timings(self, wait_s: float) -> None:
+        """Append one line to timings.jsonl: what clocks and a memory meter say since the last.
+
+        `wait_s` is how long training has waited for batches since it began.
+        """
+        before, self.logged = self.logged, _Logged(self.step, time.perf_counter(), wait_s)
+        if self.step == before.step:
+            return
+        seconds = max(self.logged.at - before.at, 1e-9)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak_mib = peak / (2**20 if sys.platform == "darwin" else 1024)
         row = {
             "step": self.step,
-            "rows_per_s": round(n_steps * self.options.batch_size / max(seconds, 1e-9), 1),
-            "wait_fraction": round(wait_fraction, 4),
+            "rows_per_s": round((self.step - before.step) * self.options.batch_size / seconds, 1),
+            "wait_fraction": round((wait_s - before.wait_s) / seconds, 4),
             "wall_s": round(seconds, 3),
             "peak_rss_mib": round(peak_mib, 1),
         }

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,39 @@ def test_a_signal_stops_after_the_step_with_everything_saved(trainer, number, st
     again.run()
     assert results(again.run_dir) == results(whole.run_dir)
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("save_every", [None, 0])
+def test_timings_reach_to_every_step_that_is_gone_on_from(trainer, save_every):
+    run = trainer("relu", log_every=8, save_every=save_every)
+    step = run.take_step
+
+    def take_step(x):
+        if run.step == 10:  # The eleventh step, away from any line of metrics.
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(x)
+
+    run.take_step = take_step
+    with pytest.raises(Interrupted):
+        run.run()
+    timings = [json.loads(x) for x in (run.run_dir / "timings.jsonl").read_text().splitlines()]
+    expected = [8, 11] if save_every is None else list(range(1, 12))
+    assert [row["step"] for row in timings] == expected
+
+
+def test_statistics_are_taken_before_anything_is_read_ahead(trainer):
+    run = trainer("relu")
+    stats, asked_at = run.store.stats, []
+    run.store.n_read = 0
+
+    def watched(*arguments):
+        time.sleep(0.05)  # A reader in the background would have begun.
+        asked_at.append(run.store.n_read)
+        return stats(*arguments)
+
+    run.store.stats = watched
+    run.run()
+    assert asked_at == [0] and run.store.n_read > 0
 
 
 # -- The numbers ---------------------------------------------------------------------------------
