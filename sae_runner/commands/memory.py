@@ -1,7 +1,5 @@
 """What caching and training will hold in memory at once, in bytes: estimates from shapes alone."""
 
-import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.meters import peak_rss_bytes
 from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import HookedModel, Model, SiteInfo
 from sae_runner.saes.base import SAE
@@ -100,7 +99,7 @@ def model_bytes(
 
 def summary(parts: Sequence[Part], device: str) -> str:
     """`about 1.2 GB`, or host and device apart, with what makes up most of it."""
-    base = Part("libraries and data", resident(), "host")
+    base = Part("libraries and data", peak_rss_bytes(), "host")
     every = [base, *parts]
     if device == "cpu":
         total = f"about {gigabytes(sum(part.n_bytes for part in every))}"
@@ -145,12 +144,6 @@ def free_memory() -> int | None:
 def free_on(device: str) -> int | None:
     """Free memory of a CUDA device."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
-
-
-def resident() -> int:
-    """The most memory that this process has had so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def gigabytes(n_bytes: float) -> str:

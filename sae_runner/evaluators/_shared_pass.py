@@ -1,6 +1,5 @@
 """The one pass over held-out rows that all evaluators share."""
 
-import resource
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows
 from sae_runner.log import Progress
+from sae_runner.meters import peak_rss_mib
 
 
 @torch.no_grad()
@@ -44,6 +44,6 @@ def shared_pass(
         "wall_s": round(time.perf_counter() - started, 3),
         "sae_encodes": n_rows,
         "shared_with": sorted(evaluators),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_rss_mib": peak_rss_mib(),
     }
     return found, cost

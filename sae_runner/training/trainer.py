@@ -7,8 +7,6 @@ import itertools
 import json
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from sae_runner import files, signals
 from sae_runner.checkpoint import save_checkpoint, step_dirs
 from sae_runner.errors import ConfigError
 from sae_runner.log import Progress
+from sae_runner.meters import peak_rss_mib
 from sae_runner.saes.base import SAE, Loss, TrainState
 from sae_runner.store.activations import Activations, Position
 from sae_runner.store.prefetch import Prefetched
@@ -262,14 +261,12 @@ class Trainer:
         if self.step == before.step:
             return
         seconds = max(self.logged.at - before.at, 1e-9)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak_mib = peak / (2**20 if sys.platform == "darwin" else 1024)
         row = {
             "step": self.step,
             "rows_per_s": round((self.step - before.step) * self.options.batch_size / seconds, 1),
             "wait_fraction": round((wait_s - before.wait_s) / seconds, 4),
             "wall_s": round(seconds, 3),
-            "peak_rss_mib": round(peak_mib, 1),
+            "peak_rss_mib": peak_rss_mib(),
         }
         self._append("timings.jsonl", row)
 

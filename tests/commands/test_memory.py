@@ -94,7 +94,7 @@ def test_windows_of_several_sites(compose_job, small):
 
 def test_host_and_device_are_told_apart(monkeypatch):
     parts = [Part("a", 3.21e9, "host"), Part("b", 7.05e9, "device"), Part("c", 1e6, "host")]
-    monkeypatch.setattr(memory, "resident", lambda: 10**9)
+    monkeypatch.setattr(memory, "peak_rss_bytes", lambda: 10**9)
     assert memory.summary(parts, "cpu") == (
         "about 11 GB: b 7 GB, a 3.2 GB, libraries and data 1 GB"
     )
