@@ -84,8 +84,12 @@ class Images(Dataset):
         self.limits: dict[Split, int | None] = {"train": n_examples, "heldout": n_heldout}
         hub: dict[str, Any] = {"subset": subset, "revision": revision, "streaming": streaming}
         self.sources = [open_source(path, split, **hub)]
+        if heldout_path is None and self.sources[0].identity.get("split", "") is None:
+            if heldout_split is not None:
+                log.info("dataset.path is a file without splits: a share of it is held out")
+            heldout_split = None
         if heldout_path is not None or heldout_split is not None:
-            self._refuse_second_source(path, heldout_path, heldout_split)
+            self._refuse_second_source()
             where = heldout_path or path
             key = "path" if heldout_path is None else "heldout_path"
             self.sources.append(open_source(where, heldout_split or split, **hub, key=key))
@@ -105,18 +109,11 @@ class Images(Dataset):
         self._stream = Stream(self._tables[0], path) if streaming else None
         self._check_lengths()
 
-    def _refuse_second_source(
-        self, path: str, heldout_path: str | None, heldout_split: str | None
-    ) -> None:
+    def _refuse_second_source(self) -> None:
         if self.streaming:
             raise ConfigError(
                 "dataset.streaming=true holds out its first dataset.n_heldout examples: set "
                 "dataset.heldout_path and dataset.heldout_split to null"
-            )
-        if heldout_path is None and self.sources[0].identity.get("split", "") is None:
-            raise ConfigError(
-                f"dataset.heldout_split={heldout_split}: a file has no splits ({path}); set "
-                "dataset.heldout_path=FILE, or dataset.heldout_split=null to hold out a share"
             )
 
     def _check_lengths(self) -> None:

@@ -1,5 +1,6 @@
 """Text with labels, or running text, from files here or the Hugging Face hub."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from sae_runner.data._text_records import (
 )
 from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable, split_ids
 from sae_runner.errors import ConfigError, DataError
+
+log = logging.getLogger("sae_runner")
 
 
 @DATASETS.register("text")
@@ -83,8 +86,11 @@ class Text(Dataset):
         self.random_access, self.heldout, self.seed = not streaming, heldout, seed
         self.limits: dict[Split, int | None] = {"train": n_examples, "heldout": n_heldout}
         options = {"subset": subset, "revision": revision, "streaming": streaming}
+        if heldout_path is None and heldout_split is not None and is_plain(path):
+            log.info("dataset.path is a file without splits: a share of it is held out")
+            heldout_split = None
         elsewhere = heldout_path is not None or heldout_split is not None
-        self._check_options(elsewhere, heldout_path, heldout_split, document_separator)
+        self._check_options(elsewhere, document_separator)
         self.records = [open_records(path, split, columns, "path", options)]
         if elsewhere:
             where, key = (heldout_path, "heldout_path") if heldout_path else (path, "path")
@@ -98,9 +104,7 @@ class Text(Dataset):
         self.separator = document_separator if kind == "corpus" else None
         self._documents = [list(self._cut(r)) for r in self.records] if self.separator else None
 
-    def _check_options(
-        self, elsewhere: bool, path: str | None, split: str | None, separator: str | None
-    ) -> None:
+    def _check_options(self, elsewhere: bool, separator: str | None) -> None:
         if self.streaming:
             if elsewhere:
                 raise ConfigError(
@@ -113,11 +117,6 @@ class Text(Dataset):
                 raise ConfigError(
                     "dataset.streaming=true needs dataset.n_examples=N and dataset.n_heldout=N"
                 )
-        if path is None and split is not None and is_plain(self.path):
-            raise ConfigError(
-                f"dataset.heldout_split={split}: a file has no splits ({self.path}); set "
-                "dataset.heldout_path=FILE, or dataset.heldout_split=null to hold out a share"
-            )
 
     # -- Examples --------------------------------------------------------------------------------
 

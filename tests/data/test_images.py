@@ -262,7 +262,6 @@ def test_threads_read_the_same(parquet):
         ({"path": "nobody/nothing"}, r"dataset\.path=nobody/nothing: not a file or folder here"),
         ({"image_column": "imgae"}, r"dataset\.image_column=imgae.*Did you mean 'image'.*label"),
         ({"label_column": "labels"}, r"dataset\.label_column=labels.*Did you mean 'label'"),
-        ({"heldout_split": "test"}, r"heldout_split=test: a file has no splits"),
         ({"heldout_path": "{dir}/no.parquet"}, r"dataset\.heldout_path=.*no\.parquet"),
     ],
 )
@@ -310,3 +309,13 @@ def test_real_files(name, data_dir):
     first, last = dataset.load([0, n + 9_999])
     assert first.value.size == {"cifar10": (32, 32), "mnist": (28, 28)}[name]
     assert last.label in range(10) and len(dataset.label_names) == 10
+
+
+def test_a_file_without_splits_holds_out_a_share_whatever_the_hub_has(parquet, caplog):
+    with caplog.at_level("INFO", "sae_runner"):
+        dataset = build(path=parquet, heldout_split="test")
+    assert "without splits: a share of it is held out" in caplog.text
+    same = build(path=parquet, heldout_split=None)
+    for split in ("train", "heldout"):
+        assert dataset.ids(split).tolist() == same.ids(split).tolist()
+    assert not set(dataset.ids("train")) & set(dataset.ids("heldout"))

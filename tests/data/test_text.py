@@ -260,7 +260,6 @@ def test_broken_records_are_named_and_spoil_no_other(tmp_path):
             {"path": "{}/rows.tsv", "columns": ["text"]}, DataError,
             r"dataset\.columns=text: the first line of .* has 2 fields",
         ),
-        ({"heldout_split": "dev"}, ConfigError, r"heldout_split=dev: a file has no splits"),
         ({"streaming": True}, ConfigError, r"streaming=true needs dataset\.n_examples=N"),
         (
             {"streaming": True, "n_examples": 1, "n_heldout": 1}, ConfigError,
