@@ -128,7 +128,7 @@ class SAE(nn.Module):
 
     @abstractmethod
     def initialise(self, stats: ActivationStats, generator: torch.Generator) -> None:
-        """Draw the weights on the generator's device, given the training activations."""
+        """Set the input scale, and draw the weights on the generator's device."""
 
     def set_input_scale(self, stats: ActivationStats) -> None:
         """Choose s: E‖sx‖ = √d (`sqrt_d`), E‖sx‖² = 1 (`unit_mean_square`), or 1."""

@@ -22,7 +22,6 @@ from sae_runner.store.manifest import (
     read_json,
     site_from_json,
 )
-from sae_runner.store.prefetch import Prefetched as Prefetched
 
 
 class ActivationStore(Activations):

@@ -82,7 +82,6 @@ class Trainer:
         """Draw the weights from `seed` and the activations' statistics."""
         stats = self.store.stats()
         stats = stats._replace(mean=stats.mean.to(self.device), sample=stats.sample.to(self.device))
-        self.sae.set_input_scale(stats)
         # Drawn on the CPU: other devices draw other numbers from the same seed.
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():

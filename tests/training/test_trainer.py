@@ -85,6 +85,17 @@ def test_weights_are_drawn_on_the_cpu_whatever_computes(rows, options, sae, tmp_
     assert drawn_by == [("cpu", 5), ("cpu", 5)]
 
 
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_the_input_scale_is_set_once(trainer, kind):
+    run = trainer(kind, sae={"input_scaling": "sqrt_d"}, initialise=False)
+    scale, calls = run.sae.set_input_scale, []
+    run.sae.set_input_scale = lambda stats: (calls.append(stats), scale(stats))
+    run.initialise()
+    assert len(calls) == 1
+    mean_norm = float(run.store.x.norm(dim=1).mean())
+    assert float(run.sae.input_scale) == pytest.approx(8**0.5 / mean_norm)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["relu", "topk"])
