@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where to write (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--check", type=float, help="exit with 1 when the ratio is worse")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = globals()[f"bench_{options.what}"](options, Path(folder))
     result["machine"] = machine()
