@@ -40,7 +40,7 @@ from sae_runner.models.base import Model, SiteInfo
 from sae_runner.report.expected import check_expected
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
-from sae_runner.site import TokenSelection, resolve_sites
+from sae_runner.site import TokenSelection, layout_key, resolve_sites
 from sae_runner.store.manifest import STORE_SCHEMA, read_json, selection_dir, sites_of
 from sae_runner.store.reader import Activations, ActivationStore
 from sae_runner.store.window import WindowPlan
@@ -319,10 +319,9 @@ class Pipeline:
         """The most rows one example gives at a site."""
         return self.selection.rows_per_example(info, self.context)
 
-    def layout(self, info: SiteInfo) -> tuple[Any, ...]:
+    def layout(self, info: SiteInfo) -> tuple[int, str]:
         """What sites must have in common to share rows, their order and one pass."""
-        layout = (info.n_tokens or 0, info.kind, info.n_prefix, info.has_cls)
-        return (self.rows_per_example(info), *layout)
+        return self.rows_per_example(info), str(layout_key(info))
 
     def plan(self, info: SiteInfo, dataset: Dataset | None = None) -> WindowPlan:
         """How the examples are cut into windows."""

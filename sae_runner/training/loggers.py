@@ -43,10 +43,14 @@ def build_sinks(
 
     # A run resumed by re-typing the command continues the same curve: its id is the run's name.
     # The next job of a sweep in this process ends the run of the one before.
-    run = wandb.init(
-        project=project, id=run_dir.name, name=run_dir.name, dir=str(run_dir), config=config,
-        resume="allow", mode=mode, reinit=True,
-    )  # fmt: skip
+    try:
+        run = wandb.init(
+            project=project, id=run_dir.name, name=run_dir.name, dir=str(run_dir), config=config,
+            resume="allow", mode=mode, reinit=True,
+        )  # fmt: skip
+    except Exception as error:  # No key, no network: whatever it is, it is one line here.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"logger=wandb: {reason}; logger.mode=offline needs no account") from None
     return (lambda row: run.log(row, step=int(row["step"])),)
 
 
