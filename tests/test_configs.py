@@ -65,7 +65,7 @@ def test_no_constructor_has_a_default_for_an_option():
 
 
 def test_groups_without_a_registry_fit_their_options():
-    from sae_runner.commands.pipeline import EvalOptions, StoreOptions
+    from sae_runner.commands.options import EvalOptions, StoreOptions
     from sae_runner.site import TokenSelection
     from sae_runner.training.trainer import TrainOptions
 

@@ -8,20 +8,24 @@ This is where configs end: what is handed on takes plain typed arguments.
 import functools
 import json
 import logging
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from sae_runner import files
 from sae_runner.checkpoint import find_checkpoint, read_facts
 from sae_runner.commands import names
+from sae_runner.commands.options import (
+    GROUPS,
+    KEYS,
+    TRAIN_GROUPS,
+    EvalOptions,
+    Loading,
+    RootOptions,
+    StoreOptions,
+)
 from sae_runner.config import (
-    Fraction,
-    NonNegative,
-    Positive,
-    PositiveFloat,
     construct,
     convert,
     fingerprint,
@@ -47,116 +51,6 @@ from sae_runner.store.window import WindowPlan
 from sae_runner.training.trainer import TrainOptions
 
 log = logging.getLogger("sae_runner")
-
-
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-GROUPS = ("model", "site", "dataset", "store")
-TRAIN_GROUPS = ("sae", "trainer", "logger", "evaluators", "eval")
-
-
-# All that may stand at the top of a config, or of a run's record of one.
-KEYS = frozenset({
-    *GROUPS, *TRAIN_GROUPS, "outputs", "device", "force", "seed", "init_from", "run_name",
-    "expected", "plan", "choices", "overrides", "identity", "code_version",
-})  # fmt: skip
-
-
-class RootOptions(NamedTuple):
-    """What stands outside every group."""
-
-    outputs: str
-    device: str
-    force: bool
-    seed: int
-    init_from: str | None
-    run_name: str | None
-
-    @classmethod
-    def from_config(
-        cls,
-        *,
-        outputs: str,
-        device: str,
-        force: bool,
-        seed: NonNegative = 0,
-        init_from: str | None = None,
-        run_name: str | None = None,
-    ) -> "RootOptions":
-        """Typed and in range; commands that train give all of them.
-
-        Raises:
-            ConfigError: a run's name that is no plain folder name.
-        """
-        if run_name is not None and not RUN_NAME.fullmatch(run_name):
-            raise ConfigError(
-                f"run_name={run_name}: only letters, digits, '.', '_' and '-', no leading '.'"
-            )
-        return cls(outputs, device, force, seed, init_from, run_name)
-
-
-class StoreOptions(NamedTuple):
-    """The `store` group."""
-
-    kind: str
-    dtype: str
-    seed: int
-    window_rows: int
-    mix_rows: int
-    max_norm_multiple: float | None
-    prefetch: int
-    verify: bool
-
-    @classmethod
-    def from_config(
-        cls,
-        *,
-        type: Literal["disk", "stream"],
-        dtype: Literal["fp32", "fp16", "bf16"],
-        seed: NonNegative,
-        window_rows: Positive,
-        mix_rows: Positive,
-        max_norm_multiple: PositiveFloat | None,
-        prefetch: Positive,
-        verify: bool,
-    ) -> "StoreOptions":
-        """Typed and in range."""
-        if max_norm_multiple is not None and type == "stream":
-            raise ConfigError(
-                "store.max_norm_multiple: a stream has no median norm; use store=disk"
-            )
-        return cls(type, dtype, seed, window_rows, mix_rows, max_norm_multiple, prefetch, verify)
-
-
-class EvalOptions(NamedTuple):
-    """The `eval` block: which rows the shared pass sees."""
-
-    n_rows: int | None
-    batch_size: int
-    seed: int
-
-    @classmethod
-    def from_config(
-        cls, *, n_rows: Positive | None, batch_size: Positive, seed: NonNegative
-    ) -> "EvalOptions":
-        """Typed and in range."""
-        return cls(n_rows, batch_size, seed)
-
-
-class Loading(NamedTuple):
-    """How inputs are read; no part of any fingerprint."""
-
-    batch_size: int
-    workers: int
-    max_bad: float
-
-    @classmethod
-    def from_config(cls, model: Mapping[str, Any], dataset: Mapping[str, Any]) -> "Loading":
-        """Typed and in range, from the keys that the two groups have in common."""
-        return cls(
-            convert(model["batch_size"], Positive, "model.batch_size"),
-            convert(dataset["workers"], NonNegative, "dataset.workers"),
-            convert(dataset["max_bad"], Fraction, "dataset.max_bad"),
-        )
 
 
 @functools.lru_cache(maxsize=32)

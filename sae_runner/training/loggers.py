@@ -49,7 +49,7 @@ def build_sinks(
             resume="allow", mode=mode, reinit=True,
         )  # fmt: skip
     except Exception as error:  # No key, no network: whatever it is, it is one line here.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [error.__class__.__name__])[0]
         raise ConfigError(f"logger=wandb: {reason}; logger.mode=offline needs no account") from None
     return (lambda row: run.log(row, step=int(row["step"])),)
 
