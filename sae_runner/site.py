@@ -95,7 +95,8 @@ class TokenSelection:
             ConfigError: class tokens of a model without one, patches of a text model.
         """
         where = f"site.tokens={self.tokens}: {info.name}"
-        others = "all, last, mean, random_k, positions"
+        own = ["cls"] * info.has_cls + ["patches"] * (info.grid is not None)
+        others = ", ".join([*own, "all", "last", "mean", "random_k", "positions"])
         if self.tokens == "cls" and not info.has_cls:
             raise ConfigError(f"{where} has no class token; choose from: {others}")
         if self.tokens == "patches" and info.grid is None:

@@ -244,6 +244,10 @@ def test_eval_alone_adds_an_evaluator(finished_run, in_process, tmp_path):
     }  # fmt: skip
 
 
+def test_eval_takes_the_name_of_a_run(finished_run, in_process):
+    assert in_process("eval", f"checkpoint={finished_run.name}", "evaluators=[density]") == 0
+
+
 def test_training_without_splicing_never_loads_the_model(finished_run, in_process, monkeypatch):
     from sae_runner.commands import pipeline
 

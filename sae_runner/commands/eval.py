@@ -53,7 +53,8 @@ def _asked(job: Job) -> str:
         raise ConfigError(
             "'checkpoint' needs a value: checkpoint=RUN_DIR (`sae-run ls` lists them)"
         )
-    return str(checkpoint)
+    named = Path(str(job.cfg.get("outputs") or "outputs")) / "train" / str(checkpoint)
+    return str(checkpoint if Path(str(checkpoint)).exists() or not named.is_dir() else named)
 
 
 def run_record(run_dir: Path) -> dict[str, Any]:

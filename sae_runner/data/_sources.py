@@ -145,6 +145,7 @@ def _refuse_absent(path: str, where: str) -> None:
         return
     wanted = Path(path).expanduser()
     beside = [p.name for p in wanted.parent.iterdir()] if wanted.parent.is_dir() else []
+    beside = [name for name in beside if name != wanted.name]
     close = nearest(wanted.name, beside)
     hint = f" Did you mean {wanted.parent / close[0]}?" if close else ""
     raise DataError(f"{where}: no such file or folder, or it is empty.{hint}")

@@ -79,7 +79,7 @@ def find_runs(patterns: Sequence[str], train_dir: Path) -> tuple[list[Path], lis
     """Run directories with a report, and those without one.
 
     A pattern is a run directory, its report.json, a folder of run directories, or a glob of
-    these; without any, every run below `train_dir` is meant.
+    these, or the name of a run below `train_dir`; without any, every run there is meant.
 
     Raises:
         InputError: a pattern that matches nothing, or no run at all.
@@ -89,6 +89,9 @@ def find_runs(patterns: Sequence[str], train_dir: Path) -> tuple[list[Path], lis
         expanded = str(Path(pattern).expanduser())
         paths = [Path(expanded)] if Path(expanded).exists() else map(Path, glob.glob(expanded))
         runs = [run for path in sorted(paths) for run in _runs_at(path)]
+        if not runs and "/" not in pattern:  # A run's name, or a glob of names.
+            named = sorted(p for p in train_dir.glob(pattern) if not p.name.startswith("."))
+            runs = [run for path in named for run in _runs_at(path)]
         if not runs:
             siblings = [run.name for run in _runs_at(Path(expanded).parent)]
             hint = did_you_mean(Path(expanded).name, siblings) if siblings else ""

@@ -124,3 +124,13 @@ def test_a_glob_that_matches_nothing_is_refused(make_run: MakeRun) -> None:
     runs, _ = load_runs([make_run()])
     with pytest.raises(ConfigError, match="no run measured it"):
         choose_metrics(["sparsity.x*"], runs, "metrics")
+
+
+def test_a_run_is_found_by_its_name_too(make_run, tmp_path, monkeypatch):
+    from sae_runner.report.runs import find_runs
+
+    first, second = make_run("toy-topk-1"), make_run("toy-relu-2")
+    train_dir = first.parent
+    monkeypatch.chdir(tmp_path)
+    assert find_runs(["toy-topk-1"], train_dir)[0] == [first]
+    assert set(find_runs(["toy-*"], train_dir)[0]) == {first, second}
