@@ -218,9 +218,9 @@ class Plan:
         epochs = f"{least}{options.n_tokens / max(1, n_rows.n['train']):.2f} epochs"
         yield "training", f"{steps}, {epochs}, lr {lr:.2g}"
         yield "", f"{kept} checkpoint{'s' * (kept > 1)}, {files.size(self.checkpoint_bytes())}"
-        seen = pipeline.eval_options.n_rows or n_rows.n["heldout"]
+        seen = min(pipeline.eval_options.n_rows or n_rows.n["heldout"], n_rows.n["heldout"])
         names = ", ".join(pipeline.evaluators) or "no evaluators"
-        yield "eval", f"{names} on {min(seen, n_rows.n['heldout']):,} held-out rows"
+        yield "eval", f"{names} on {f'{n_rows.sense} {seen:,}'.strip()} held-out rows"
         yield "run", f"{shown_path(pipeline.run_dir)}: {self.run_text()}"
 
     def run_text(self) -> str:

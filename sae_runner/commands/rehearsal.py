@@ -205,9 +205,29 @@ def count_rows(pipeline: Pipeline, info: SiteInfo, examples: Count) -> Count:
     unsure = pipeline.shapes.modality == "text" and pipeline.selection.tokens in (
         "all", "random_k", "positions", "patches",
     )  # fmt: skip
+    if unsure and (mean := mean_rows(pipeline, info)) is not None:
+        return Count({split: round(n * mean) for split, n in examples.n.items()}, "about")
     senses = ["at most"] if unsure or "at most" in examples.sense else []
     senses += ["about"] if "about" in examples.sense else []
     return Count({split: n * per_example for split, n in examples.n.items()}, " ".join(senses))
+
+
+def mean_rows(pipeline: Pipeline, info: SiteInfo) -> float | None:
+    """Rows that one labelled text gives on average, from a tokenised sample; None if unknown."""
+    dataset = pipeline.raw_dataset
+    if (
+        dataset.modality != "text"
+        or trains_here(pipeline)
+        or getattr(dataset, "kind", "") != "labelled"
+    ):
+        return None
+    sample = Sample(dataset)
+    texts = [e for e in sample.load(sample.ids("train")) if isinstance(e, Example)]
+    inputs = pipeline.shapes.prepare(texts)
+    if inputs.attended is None:
+        return None
+    n_tokens = inputs.attended.shape[1]
+    return int(pipeline.selection.mask(info, inputs, n_tokens).sum()) / len(texts)
 
 
 def window_plan(pipeline: Pipeline, info: SiteInfo, examples: Count) -> WindowPlan:

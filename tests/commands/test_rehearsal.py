@@ -234,3 +234,20 @@ def test_the_probe_counts_rows_that_shapes_only_bound(pipeline):
         lines = times(Plan(reader, copy), copy)
     # Position 0 of every five is dropped.
     assert ("", "4 rows an example in these batches: about 4,800 train rows") in lines
+
+
+def test_rows_of_labelled_text_follow_from_a_tokenised_sample(tmp_path):
+    from sae_runner.commands.rehearsal import count_examples, count_rows
+    from sae_runner.sweep import composed_jobs
+
+    # One word is one token here, and [CLS] and [SEP] are no rows: 2 and 4 rows, 3 on average.
+    lines = ["good film\t1", "a very good film\t0"] * 20
+    (tmp_path / "reviews.tsv").write_text("\n".join(lines) + "\n")
+    path = tmp_path / "reviews.tsv"
+    words = ["model=minilm", f"dataset.path={path}", f"dataset.heldout_path={path}"]
+    job = composed_jobs("train", [*words, f"outputs={tmp_path / 'out'}"])[0]
+    pipeline = Pipeline(job.cfg, job.choices)
+    rows = count_rows(pipeline, pipeline.site, count_examples(pipeline, pipeline))
+    assert rows.n == {"train": 120, "heldout": 120}
+    assert rows.sense == "about"
+    assert not (tmp_path / "out").exists()
