@@ -182,6 +182,16 @@ def test_second_time_nothing_is_done_again(finished_run, in_process, capfd):
     assert before == {p: p.stat().st_mtime_ns for p in finished_run.rglob("*.safetensors")}
 
 
+def test_checkpoints_asked_of_a_finished_run_are_not_passed_over(finished_run, in_process, capfd):
+    capfd.readouterr()
+    assert in_process("train", *QUICK, "trainer.checkpoints=1") == 0
+    assert "trainer.checkpoints came too late for steps 4" in capfd.readouterr().err
+    assert in_process("train", *QUICK, "trainer.checkpoints=1", "force=true") == 0
+    capfd.readouterr()
+    assert in_process("train", *QUICK, "trainer.checkpoints=1") == 0
+    assert "too late" not in capfd.readouterr().err
+
+
 def test_force_trains_again_to_the_same_bits(finished_run, in_process):
     weights = next(finished_run.glob("checkpoints/*/sae.safetensors"))
     bytes_before, time_before = weights.read_bytes(), weights.stat().st_mtime_ns

@@ -113,6 +113,12 @@ def train(run_dir: Path, pipeline: Pipeline) -> None:
     options = pipeline.train_options
     if folder := finished(run_dir, options.n_steps):
         log.info("training is done: %s", folder)
+        kept = {int(p.name.removeprefix("step_")) for p in step_dirs(run_dir)}
+        if absent := sorted(options.checkpoint_steps() - kept):
+            steps = ", ".join(map(str, absent))
+            log.warning(
+                "trainer.checkpoints came too late for steps %s: force=true trains again", steps
+            )
         return
     store = pipeline.open_store()
     for warning in warnings_of(pipeline, store):
