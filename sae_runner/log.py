@@ -28,6 +28,7 @@ def setup_logging() -> None:
         console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logging.basicConfig(level=logging.INFO, handlers=[console], force=True)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # It sets its level when it is imported.
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)

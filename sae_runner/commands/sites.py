@@ -1,6 +1,9 @@
 """`sae-run sites`: every tensor of a model that an SAE can be trained on, without its weights."""
 
 import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from sae_runner.site import resolve_sites
 
 
 def main(job: Job) -> None:
-    """Print one line for each site, in the order of the computation.
+    """Print one line for each site, in the order of the computation; heads alike share theirs.
 
     Raises:
         ConfigError: an option of the model is wrong, or it has no site of that name.
@@ -26,26 +29,46 @@ def main(job: Job) -> None:
     infos = resolve_sites(wanted, model.sites())
     # Compared, not resolved: with other layers the default may be no site of this model.
     default = cfg["model"].get("site")
+    lines = heads_together(infos)
     columns = {
-        "site": [info.name for info in infos],
-        "name in the host": [info.module for info in infos],
-        "tokens × d": [shape(info, context) for info in infos],
-        "layout": [layout(info) for info in infos],
-        "": ["default" if default in (info.name, info.module) else "" for info in infos],
+        "site": [info.name for info in lines],
+        "name in the host": [info.module for info in lines],
+        "tokens × d": [shape(info, context) for info in lines],
+        "layout": [layout(info) for info in lines],
+        "": ["default" if default in (info.name, info.module) else "" for info in lines],
     }
     show_table(columns, right=["tokens × d"])
 
 
 def without_weights(cfg: dict[str, Any], outputs: Path) -> Model:
-    """The model on the meta device; the dataset is loaded only for a host that asks for it."""
+    """The model on the meta device; the dataset is loaded only where a host needs it."""
     import torch
 
     host = MODELS[str(cfg["model"].get("type"))]
-    needs_data = "dataset" in inspect.signature(host).parameters
+    data = inspect.signature(host).parameters.get("dataset")
+    needs_data = data is not None and data.default is data.empty
     dataset = build_dataset(cfg["dataset"], outputs=outputs) if needs_data else None
     return build_model(
         cfg["model"], device=torch.device("meta"), dataset=dataset, outputs=outputs, meta=True
     )
+
+
+def heads_together(infos: Sequence[SiteInfo]) -> list[SiteInfo]:
+    """Heads that follow each other as one, `blocks.0.attn_q.{0..15}`; all else as it is."""
+
+    def kind(info: SiteInfo) -> tuple[str, int]:
+        stem, _, head = info.name.rpartition(".")
+        return stem if head.isdigit() and ".attn_" in stem else info.name, info.d
+
+    lines = []
+    for (stem, _), alike in itertools.groupby(infos, kind):
+        first, *others = alike
+        if others:
+            start, stop = (i.name.rpartition(".")[2] for i in (first, others[-1]))
+            module = first.module.removesuffix(f".{start}")
+            first = replace(first, name=f"{stem}.{{{start}..{stop}}}", module=module)
+        lines.append(first)
+    return lines
 
 
 def shape(info: SiteInfo, context: int | None) -> str:

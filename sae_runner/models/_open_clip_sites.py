@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_runner.models import _timm_sites
+from sae_runner.models._open_attention import PARTS, OpenAttention
 from sae_runner.models.base import Tap
 
 
@@ -55,11 +56,13 @@ def _vit(visual: Any) -> Tower:
     nn.MultiheadAttention would switch off its fast path and so change the numbers.
     """
     tower = Tower(n_prefix=1, has_cls=True, grid=tuple(visual.grid_size))
-    for i in range(len(visual.transformer.resblocks)):
+    for i, block in enumerate(visual.transformer.resblocks):
         path = f"visual.transformer.resblocks.{i}"
         tower.block_paths.append(path)
+        tower.taps[f"blocks.{i}.resid_pre"] = Tap(path, "input")
+        if isinstance(block.attn, nn.MultiheadAttention):
+            tower.taps |= _attention(block.attn, f"{path}.attn", f"blocks.{i}")
         tower.taps |= {
-            f"blocks.{i}.resid_pre": Tap(path, "input"),
             f"blocks.{i}.attn_out": Tap(f"{path}.ls_1"),
             f"blocks.{i}.resid_mid": Tap(f"{path}.ln_2", "input", in_place=True),
             f"blocks.{i}.mlp_act": Tap(f"{path}.mlp.gelu"),
@@ -71,6 +74,18 @@ def _vit(visual: Any) -> Tower:
     elif visual.pool_type == "tok":
         tower.taps["pooled"] = FirstToken("visual.ln_post", layout="ND")
     return tower
+
+
+def _attention(attention: nn.MultiheadAttention, path: str, name: str) -> dict[str, Tap]:
+    """Queries, keys, values and mixed values, of all heads and of each."""
+    OpenAttention.open(attention)
+    taps, width = {}, attention.head_dim
+    for part in PARTS:
+        taps[f"{name}.attn_{part}"] = Tap(f"{path}.{part}")
+        for h in range(attention.num_heads):
+            columns = (h * width, (h + 1) * width)
+            taps[f"{name}.attn_{part}.{h}"] = Tap(f"{path}.{part}", columns=columns)
+    return taps
 
 
 def _timm(visual: Any) -> Tower:

@@ -31,11 +31,10 @@ log = logging.getLogger("sae_runner")
 class OpenCLIP(HookedModel):
     """A CLIP model; its output is the image embedding [n, d], not normalised.
 
-    Sites of its own ViT: `blocks.{i}.resid_pre | attn_out | resid_mid | mlp_act | mlp_out |
-    resid_post`, `pooled` (after the last layer norm, before the projection) and `embed`. Queries,
-    keys, values and mixed values (`attn_q | attn_k | attn_v | attn_z`, one head: `attn_z.3`) are
-    sites of timm trunks only: open_clip's ViT computes them inside one fused call. Convolutional
-    towers have `stages.{s}` and `stages.{s}.blocks.{b}`.
+    Sites of its own ViT: `blocks.{i}.resid_pre | attn_q | attn_k | attn_v | attn_z | attn_out |
+    resid_mid | mlp_act | mlp_out | resid_post` (one head: `attn_z.3`), `pooled` (after the last
+    layer norm, before the projection) and `embed`. Convolutional towers have `stages.{s}` and
+    `stages.{s}.blocks.{b}`.
 
     Args:
         device: where the network lives.

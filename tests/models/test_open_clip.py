@@ -74,10 +74,16 @@ def vit(models):
 
 def test_the_sites_of_a_vit(vit):
     sites = vit.sites()
-    assert list(sites)[:6] == [
+    whole = [site for site in sites if site.count(".") == 2]
+    assert whole[:10] == [
         f"blocks.0.{s}"
-        for s in ("resid_pre", "attn_out", "resid_mid", "mlp_act", "mlp_out", "resid_post")
-    ]
+        for s in (
+            "resid_pre", "attn_q", "attn_k", "attn_v", "attn_z", "attn_out", "resid_mid", "mlp_act",
+            "mlp_out", "resid_post",
+        )
+    ]  # fmt: skip
+    assert (sites["blocks.0.attn_k"].d, sites["blocks.0.attn_k.1"].d) == (32, 16)
+    assert "blocks.0.attn_k.2" not in sites
     post, pooled, embed = sites["blocks.2.resid_post"], sites["pooled"], sites["embed"]
     assert (post.d, post.n_tokens, post.n_prefix, post.has_cls, post.grid) == (
         32,
@@ -104,6 +110,7 @@ def test_meta_finds_the_same_sites(models, name):
     ("arch", "site", "facts"),
     [
         ("ViT-B-16-SigLIP", "blocks.11.resid_post", (768, 196, 0, False, (14, 14))),
+        ("ViT-L-14", "blocks.23.attn_z.15", (64, 257, 1, True, (16, 16))),
         ("ViT-B-16-SigLIP", "blocks.0.attn_q.11", (64, 196, 0, False, (14, 14))),
         ("PE-Core-B-16", "blocks.11.resid_post", (768, 197, 1, True, (14, 14))),
         ("convnext_base_w", "stages.3.blocks.2", (1024, 64, 0, False, (8, 8))),
@@ -164,13 +171,61 @@ def test_the_last_class_token_becomes_the_embedding(vit):
     torch.testing.assert_close(vit.forward(inputs), expected)
 
 
-def test_queries_of_a_timm_trunk_are_its_attention(models):
-    model = models["test-timm-vit"]
+@pytest.mark.parametrize(("name", "width"), [("test-vit", 16), ("test-timm-vit", 64)])
+def test_queries_are_the_attentions(models, name, width):
+    model = models[name]
     names = [f"blocks.0.attn_{c}.1" for c in "qkvz"]
     with torch.no_grad():
         q, k, v, z = model.record(batch(model), names).values()
-    pattern = (q @ k.transpose(1, 2) / 64**0.5).softmax(-1)
+    pattern = (q @ k.transpose(1, 2) / width**0.5).softmax(-1)
     torch.testing.assert_close(pattern @ v, z, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_parts_of_a_fused_attention_are_those_of_its_weights(models, name):
+    model, inputs = models[name], batch(models[name])
+    block = model.network.visual.transformer.resblocks[1]
+    parts = [f"blocks.1.attn_{c}" for c in "qkvz"]
+    with torch.no_grad():
+        x = model.record(inputs, ["blocks.1.resid_pre", *parts, "blocks.1.attn_out"])
+        fused = model.record(inputs, ["blocks.1.attn_out"])["blocks.1.attn_out"]
+        into = block.ln_1(x["blocks.1.resid_pre"])
+        weights = zip(
+            block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3), strict=True
+        )
+        for part, (weight, bias) in zip(parts, weights, strict=False):
+            torch.testing.assert_close(x[part], into @ weight.T + bias)
+        z = block.attn.out_proj(x["blocks.1.attn_z"])
+        torch.testing.assert_close(block.ls_1(z), fused)
+        torch.testing.assert_close(x["blocks.1.attn_out"], fused)
+
+
+def test_the_parts_of_the_attention_are_no_weights_and_change_nothing_unasked(vit):
+    library = open_clip.create_model("test-vit")
+    library.load_state_dict(vit.network.state_dict())  # The same keys.
+    inputs = batch(vit)
+    with torch.no_grad():
+        vit.record(inputs, ["blocks.0.attn_z"])
+        expected = library.eval().encode_image(inputs.tensors["pixels"])
+        assert torch.equal(vit.forward(inputs), expected)
+
+
+def test_an_edit_of_one_head_reaches_that_head_alone(vit):
+    inputs, block = batch(vit), vit.network.visual.transformer.resblocks[2]
+    parts = ["blocks.2.resid_pre", "blocks.2.attn_z"]
+    with torch.no_grad():
+        x, z = vit.record(inputs, parts).values()
+        z[..., 16:] = 0
+        middle = x + block.ls_1(block.attn.out_proj(z))
+        expected = vit.splice(inputs, {"blocks.2.resid_mid": lambda _: middle})
+        got = vit.splice(inputs, {"blocks.2.attn_z.1": torch.zeros_like})
+        # Keys scaled by nothing are an even mixture of the values.
+        v = vit.record(inputs, ["blocks.2.attn_v"])["blocks.2.attn_v"]
+        even = v.mean(1, keepdim=True).expand_as(v)
+        mixed = vit.splice(inputs, {"blocks.2.attn_z": lambda _: even})
+        flat = vit.splice(inputs, {"blocks.2.attn_k": torch.zeros_like})
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(flat, mixed)
 
 
 # -- Edits ---------------------------------------------------------------------------------------
@@ -187,8 +242,12 @@ def test_an_edit_that_changes_nothing_changes_no_bit(models, name):
     with torch.no_grad():
         before = model.forward(inputs)
         for site in some:
-            assert torch.equal(model.splice(inputs, {site: lambda x: x}), before), site
-        assert torch.equal(model.splice(inputs, {s: lambda x: x for s in some}), before)
+            after = model.splice(inputs, {site: lambda x: x})
+            if ".attn_" in site and name in VITS and "out" not in site:  # Fused until it is hooked.
+                torch.testing.assert_close(after, before)
+            else:
+                assert torch.equal(after, before), site
+        torch.testing.assert_close(model.splice(inputs, {s: lambda x: x for s in some}), before)
 
 
 @pytest.mark.parametrize("name", VITS)
