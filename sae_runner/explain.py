@@ -19,6 +19,8 @@ def explain(error: BaseException) -> str | None:
             f"no space left on device ({error}): nothing is half-written; free some, set "
             "outputs=DIR on a larger disk, and type the same command to go on"
         )
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} is a file, and a folder is needed there: move it"
     if isinstance(error, PermissionError):
         return f"cannot write {error.filename}: {error.strerror}; set outputs=DIR"
     if is_out_of_memory(error):

@@ -222,6 +222,19 @@ def test_half_failed_sweep_runs_only_what_is_missing(in_process, tmp_path, monke
     assert len(list(tmp_path.glob("outputs/train/[!.]*/report.json"))) == 2
 
 
+def test_a_launcher_of_parallel_jobs_ends_the_others_and_says_what_failed(sae_run, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "outputs" / "train").mkdir(parents=True)
+    (tmp_path / "outputs" / "train" / "seed1").touch()
+    sweep = ["-m", *QUICK, "seed=0,1,2", "run_name=seed${seed}", "hydra/launcher=joblib"]
+    done = sae_run("train", *sweep, "hydra.launcher.n_jobs=2")
+    assert done.returncode == 2
+    assert "seed1 is a file" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    reports = tmp_path.glob("outputs/train/*/report.json")
+    assert sorted(report.parent.name for report in reports) == ["seed0", "seed2"]
+    assert len(list(tmp_path.glob("outputs/stores/*/store.json"))) == 1
+
+
 def test_sweep_job_and_single_run_share_a_directory(finished_run, in_process, tmp_path):
     assert in_process("train", "-m", *QUICK, "sae.target_l0=null") == 0
     assert len(list(tmp_path.glob("outputs/train/[!.]*"))) == 1
