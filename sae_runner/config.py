@@ -57,9 +57,11 @@ ProperFraction = Annotated[float, Range(gt=0, lt=1)]
 # Keys whose value may be a path: how it is spelled names no other run.
 PATH_KEYS = ("path", "weights")
 
-# What changes neither a number nor a byte of a result, and so not the name of a run.
+# What changes neither a number nor a byte of a result, and so not the name of a run. A model's
+# site and tokens are but the defaults of `site`.
 RUNTIME_KEYS = frozenset({
-    "model.batch_size", "dataset.workers", "dataset.max_bad", "store.prefetch", "store.verify",
+    "model.site", "model.tokens", "model.batch_size", "dataset.workers", "dataset.max_bad",
+    "store.prefetch", "store.verify",
     "trainer.log_every", "trainer.save_every", "trainer.checkpoints", "trainer.keep_state",
 })  # fmt: skip
 

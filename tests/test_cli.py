@@ -240,11 +240,9 @@ def test_sweep_job_and_single_run_share_a_directory(finished_run, in_process, tm
     assert len(list(tmp_path.glob("outputs/train/[!.]*"))) == 1
 
 
-def test_runtime_keys_and_path_spelling_name_no_new_run(finished_run, in_process, tmp_path):
-    assert (
-        in_process("train", *QUICK, "model.batch_size=7", "dataset.workers=0", "outputs=./outputs/")
-        == 0
-    )
+def test_runtime_keys_and_spelling_name_no_new_run(finished_run, in_process, tmp_path):
+    same = ["model.batch_size=7", "dataset.workers=0", "outputs=./outputs/", "site.name='act*'"]
+    assert in_process("train", *QUICK, *same, "site.k=7", "site.positions=[1]") == 0
     assert len(list(tmp_path.glob("outputs/train/[!.]*"))) == 1
 
 

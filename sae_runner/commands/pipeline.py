@@ -110,6 +110,8 @@ class Pipeline:
     def run_identity(self) -> dict[str, Any]:
         """What decides a trained SAE."""
         found = identity(self.cfg, names.RUN_GROUPS)
+        # A glob, a host's own name and a selection's unused options mean one site and its tokens.
+        found["site"] = {"name": self.site.name, "tokens": self.selection.slug}
         if self.root.init_from:  # A start is what its weights are, not where they lie.
             found["init_from"] = start_hash(self.root.init_from)
         return found
