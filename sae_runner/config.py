@@ -77,6 +77,12 @@ def options_of(group: str) -> list[str]:
     return sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
 
 
+def preset(group: str, name: str) -> dict[str, Any]:
+    """The keys of a built-in option's own YAML, without the options that it composes."""
+    loaded = plain(cast(DictConfig, OmegaConf.load(f"{config_dir()}/{group}/{name}.yaml")))
+    return {key: value for key, value in loaded.items() if key != "defaults"}
+
+
 def fingerprint(value: Any) -> str:
     """Eight hex digits that are equal exactly when the JSON of `value` is equal."""
     text = json.dumps(value, sort_keys=True, default=str)
@@ -195,18 +201,24 @@ def checked_options(
 ) -> dict[str, Any]:
     """`options`, each converted to what the signature of `target` declares.
 
-    Keyword-only parameters are the options; positional ones are objects known only at run time.
+    Keyword-only parameters are the options, and so are the keys of a typed dict that the signature
+    takes (`**common: Unpack[Common]`); positional ones are objects known only at run time.
     """
     at = f"{where}." if where else ""
     parameters = inspect.signature(target).parameters
-    expected = {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    if unknown := sorted(map(str, options.keys() - expected.keys())):
-        raise ConfigError(f"no key '{at}{unknown[0]}'.{did_you_mean(unknown[0], expected)}")
-    if missing := [k for k, p in expected.items() if p.default is p.empty and k not in options]:
-        raise ConfigError(f"'{at}{missing[0]}' needs a value")
     hints = typing.get_type_hints(
         target.__init__ if inspect.isclass(target) else target, include_extras=True
     )
+    expected = {k: p.default is p.empty for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            (shared,) = typing.get_args(hints[name])
+            expected |= dict.fromkeys(shared.__annotations__, True)
+            hints |= typing.get_type_hints(shared, include_extras=True)
+    if unknown := sorted(map(str, options.keys() - expected.keys())):
+        raise ConfigError(f"no key '{at}{unknown[0]}'.{did_you_mean(unknown[0], expected)}")
+    if missing := [k for k, needed in expected.items() if needed and k not in options]:
+        raise ConfigError(f"'{at}{missing[0]}' needs a value")
     return {k: convert(v, hints.get(k, Any), at + k) for k, v in options.items()}
 
 

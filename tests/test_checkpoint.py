@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from sae_runner import checkpoint, files
@@ -17,7 +16,7 @@ from sae_runner.checkpoint import (
     save_checkpoint,
     step_dirs,
 )
-from sae_runner.config import config_dir
+from sae_runner.config import preset
 from sae_runner.errors import StoreError
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
@@ -29,8 +28,7 @@ FACTS = {"step": 3, "n_tokens": 30, "model": {"name": "toy"}}
 
 def trained(kind: str, **options: Any) -> SAE:
     """An SAE whose every weight differs from its initial value, with a scale that is not 1."""
-    cfg = OmegaConf.load(f"{config_dir()}/sae/{kind}.yaml")
-    cfg.update({"d_sae": 10, "expansion": None, **options})
+    cfg = preset("sae", kind) | {"d_sae": 10, "expansion": None, **options}
     sae = SAES.build(cfg, d_in=6)
     norms = X.norm(dim=1)
     stats = ActivationStats(X.mean(0), float(norms.mean()), float(norms.square().mean()), X)

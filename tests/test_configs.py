@@ -13,10 +13,11 @@ from sae_runner.evaluators import EVALUATORS
 from sae_runner.models import COMMON_KEYS as MODEL_KEYS
 from sae_runner.models import MODELS
 from sae_runner.saes import SAES
+from sae_runner.training.dead_latents import DEAD_LATENTS
 
 ROOT = Path(config_dir())
 REGISTRIES = {"model": MODELS, "dataset": DATASETS, "sae": SAES}
-COMMON = {"model": MODEL_KEYS, "dataset": DATASET_KEYS, "sae": frozenset()}
+COMMON = {"model": MODEL_KEYS, "dataset": DATASET_KEYS, "sae": {"dead_latents"}}
 OPTIONS = sorted(p for p in ROOT.glob("*/*.yaml") if p.parent.name != "hydra")
 
 
@@ -33,6 +34,8 @@ def test_every_option_composes_and_fits_its_class(path):
     if group in REGISTRIES:
         options = {k: v for k, v in cfg[group].items() if k not in COMMON[group]}
         REGISTRIES[group].check(options)
+    if group == "sae":
+        DEAD_LATENTS.check(cfg["sae"]["dead_latents"])
         assert set(cfg[group]) >= COMMON[group]
     if group == "evaluators":
         assert list(cfg["evaluators"]) == [option]
@@ -45,6 +48,15 @@ def test_every_option_composes_and_fits_its_class(path):
 def test_every_type_has_a_yaml_of_its_name(registry):
     group = "sae" if registry is SAES else "evaluators"
     assert set(registry.names()) == {p.stem for p in (ROOT / group).glob("*.yaml")}
+
+
+def test_every_strategy_for_dead_latents_has_a_yaml_that_fits():
+    folder = ROOT / "sae" / "dead_latents"
+    assert set(DEAD_LATENTS.names()) == {p.stem for p in folder.glob("*.yaml")}
+    for name in DEAD_LATENTS.names():
+        cfg = OmegaConf.to_container(composed(f"sae/dead_latents={name}"), resolve=True)
+        DEAD_LATENTS.check(cfg["sae"]["dead_latents"])
+        assert cfg["sae"]["dead_latents"]["type"] == name
 
 
 @pytest.mark.parametrize("registry", [MODELS, DATASETS], ids=lambda r: r.kind)

@@ -3,6 +3,13 @@
 from sae_runner import files
 from sae_runner.commands.pipeline import Pipeline
 
+NEVER = {
+    "auxk": "AuxK will never fire",
+    "ghost_grads": "ghost gradients will never flow",
+    "resample": "no latent will be resampled",
+}
+"""What cannot happen in a run that is too short for a latent to be dead."""
+
 
 def warnings_about(
     pipeline: Pipeline, n_rows: int, *, at_most: bool = False, n_dropped: int = 0
@@ -22,15 +29,15 @@ def warnings_about(
             f"store has fewer rows than trainer.n_tokens: {least}{options.n_tokens / n_rows:.1f} "
             f"epochs of {most}{n_rows:,} rows, reshuffled"
         )
-    uses_dead = float(pipeline.cfg["sae"].get("auxk_coefficient") or 0) > 0
+    strategy = pipeline.dead_latents["type"]
     seen = (options.n_steps - 1) * options.batch_size
-    if uses_dead and options.dead_window > seen:
+    if strategy in NEVER and options.dead_window > seen:
         n_tokens, when = options.n_tokens, ""
         if options.dead_window <= n_tokens:
             n_tokens, when = seen, " before the last step"
         found.append(
             f"dead horizon {options.dead_window:,} tokens > {n_tokens:,} training tokens{when}: "
-            "AuxK will never fire (trainer.dead_window)"
+            f"{NEVER[strategy]} (trainer.dead_window)"
         )
     if n_dropped:
         found.append(f"{n_dropped:,} training rows dropped as norm outliers")

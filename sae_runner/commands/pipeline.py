@@ -48,6 +48,7 @@ from sae_runner.site import TokenSelection, layout_key, resolve_sites
 from sae_runner.store.manifest import STORE_SCHEMA, read_json, selection_dir, sites_of
 from sae_runner.store.reader import Activations, ActivationStore
 from sae_runner.store.window import WindowPlan
+from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.trainer import TrainOptions
 
 log = logging.getLogger("sae_runner")
@@ -257,8 +258,29 @@ class Pipeline:
         import torch
 
         with torch.device(device):
-            sae: SAE = SAES.build(self.cfg["sae"], d_in=d_in)
+            sae: SAE = SAES.build(self.sae_options, d_in=d_in)
         return sae
+
+    @property
+    def sae_options(self) -> dict[str, Any]:
+        """The `sae` group without what only training knows."""
+        return {k: v for k, v in self.cfg["sae"].items() if k != "dead_latents"}
+
+    @property
+    def dead_latents(self) -> dict[str, Any]:
+        """The strategy for latents that do not fire.
+
+        Raises:
+            ConfigError: it is no block of options.
+        """
+        chosen = self.cfg["sae"].get("dead_latents")
+        if not isinstance(chosen, Mapping):
+            names = DEAD_LATENTS.names()
+            hint = did_you_mean(str(chosen), names)
+            raise ConfigError(
+                f"sae.dead_latents={chosen}: choose with sae/dead_latents=NAME.{hint}"
+            )
+        return dict(chosen)
 
     @cached_property
     def train_options(self) -> TrainOptions:
@@ -291,12 +313,14 @@ class Pipeline:
         require_writable(self.outputs)
         resolve_device(self.root.device)
         if train:
-            SAES.check(self.cfg["sae"])
+            SAES.check(self.sae_options)
+            DEAD_LATENTS.check(self.dead_latents)
             _ = self.train_options, self.eval_options, self.evaluators
             check_expected(self.cfg.get("expected") or [])
         _ = self.raw_dataset, self.infos
         if train:
-            self.build_sae(self.site.d, device="meta")
+            sae = self.build_sae(self.site.d, device="meta")
+            DEAD_LATENTS.build(self.dead_latents, sae=sae, window=self.train_options.dead_window)
             for name, evaluator in self.evaluators.items():
                 try:
                     evaluator.check(self.raw_dataset)

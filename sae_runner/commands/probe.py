@@ -139,6 +139,7 @@ def time_training(copy: Pipeline, store: Activations, folder: Path) -> Measured:
     trainer = Trainer(
         copy.build_sae(store.d_in), store, options, folder, seed=int(copy.cfg["seed"]),
         data_seed=copy.store_options.seed, device=device, facts={},
+        dead_latents=copy.dead_latents,
     )  # fmt: skip
     trainer.initialise()
     batches = store.shuffled(options.batch_size, copy.store_options.seed)

@@ -133,6 +133,7 @@ def train(run_dir: Path, pipeline: Pipeline) -> None:
         data_seed=pipeline.store_options.seed,
         device=device,
         facts=origin(pipeline, store),
+        dead_latents=pipeline.dead_latents,
         prefetch=pipeline.store_options.prefetch,
         sinks=construct(
             build_sinks, pipeline.cfg["logger"], where="logger", run_dir=run_dir,
@@ -197,7 +198,7 @@ def take_weights(sae: SAE, folder: Path) -> None:
 
     source = build_sae(read_facts(folder))
     source.load_tensors(load_file(folder / "sae.safetensors"))
-    source.unfold(float(sae.input_scale))
+    source.unfold_like(sae)
     trained = dict(source.named_parameters())
     for name, parameter in sae.named_parameters():
         parameter.copy_(trained[name])

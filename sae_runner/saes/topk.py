@@ -1,26 +1,17 @@
-"""TopK SAE with the AuxK loss (Gao et al. 2024, arXiv 2406.04093)."""
+"""TopK SAE (Gao et al. 2024, arXiv 2406.04093), with GroupMax and AbsTopK as other selections."""
 
-import math
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
-from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from jaxtyping import Float, Int64
+from torch import Tensor
 
-from sae_runner.config import NonNegativeFloat, Positive, PositiveFloat
-from sae_runner.errors import ConfigError, DataError
+from sae_runner.config import Fraction, NonNegativeFloat, Positive
+from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
-from sae_runner.saes.base import (
-    SAE,
-    BiasInit,
-    InputScaling,
-    Latents,
-    Loss,
-    TrainState,
-    sum_rows,
-    width,
-)
-from sae_runner.statistics import ActivationStats
+from sae_runner.saes.base import SAE, Common, Latents, Loss, TrainState, sum_rows, width
+
+Chosen = tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]
 
 
 @SAES.register("topk")
@@ -30,8 +21,13 @@ class TopK(SAE):
     z = (s x − b_dec) W_enc + b_enc,    f = ReLU(TopK_k(z)),    x_hat = (f W_dec + b_dec) / s,
     with decoder rows of norm 1 (Gao et al. 2024, §2.3 and appendix A).
 
+    `selection: groupmax` takes the largest of each of k groups of neighbours (as sparsify does);
+    `abstopk` the k largest in absolute value, with their signs (arXiv 2510.00404).
+    `multi_topk` adds that much of the error with 4 k latents (Gao et al., appendix A.6: 1/8).
+    `k_start` begins with so many latents and comes down to k over the first `k_anneal` of training.
+
     Raises:
-        ConfigError: more latents are to be chosen than there are.
+        ConfigError: more latents are to be chosen than there are, or groups are of unequal size.
     """
 
     kind = "topk"
@@ -40,154 +36,88 @@ class TopK(SAE):
         self,
         d_in: int,
         *,
-        d_sae: Positive | None,
-        expansion: PositiveFloat | None,
         k: Positive,
-        target_l0: Positive | None,
-        auxk_coefficient: NonNegativeFloat,
-        k_aux: Positive | None,
-        loss_reduction: Literal["sum", "mean", "normalised"],
-        input_scaling: InputScaling,
-        b_dec_init: BiasInit,
+        selection: Literal["topk", "groupmax", "abstopk"],
+        multi_topk: NonNegativeFloat,
+        k_start: Positive | None,
+        k_anneal: Fraction,
+        **common: Unpack[Common],
     ) -> None:
-        n_latents = width(d_in, d_sae, expansion)
-        chosen = k if target_l0 is None else target_l0
-        name = "k" if target_l0 is None else "target_l0"
-        for key, number in ((name, chosen), ("k_aux", k_aux or 1)):
-            if number > n_latents:
-                raise ConfigError(f"sae.{key}={number}: must be <= d_sae={n_latents}")
+        self.k, self.k_start, self.k_anneal = chosen_k(d_in, k, k_start, common), k_start, k_anneal
+        self.selection, self.multi_topk = selection, multi_topk
         options = {
-            "k": chosen,
-            "target_l0": target_l0,
-            "auxk_coefficient": auxk_coefficient,
-            "k_aux": k_aux,
-            "loss_reduction": loss_reduction,
-            "b_dec_init": b_dec_init,
-            "input_scaling": input_scaling,
-        }
-        super().__init__(d_in, n_latents, input_scaling=input_scaling, options=options)
-        self.k, self.k_aux = chosen, k_aux or min(default_k_aux(d_in), n_latents)
-        self.auxk_coefficient = auxk_coefficient
-        self.loss_reduction, self.b_dec_init = loss_reduction, b_dec_init
-        self.register_buffer("mean_baseline_mse", torch.ones(()))
+            "k": self.k, "selection": selection, "multi_topk": multi_topk, "k_start": k_start,
+            "k_anneal": k_anneal,
+        }  # fmt: skip
+        super().__init__(d_in, options=options, **common)
+        if selection == "groupmax":
+            if self.d_sae % self.k:
+                raise ConfigError(f"sae.k={self.k}: groupmax needs a divisor of d_sae={self.d_sae}")
+            if multi_topk or k_start:
+                key = "multi_topk" if multi_topk else "k_start"
+                raise ConfigError(f"sae.{key}: groupmax has one k; set it to null or 0")
 
-    mean_baseline_mse: Tensor
-    """MSE of predicting the dataset's mean, in scaled units: what `normalised` divides by."""
-
-    def pre_activations(self, scaled: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        """Z of rows that are already multiplied by s."""
-        return nn.functional.linear(scaled - self.b_dec, self.W_enc_rows, self.b_enc)
-
-    def choose(
-        self, pre_acts: Float[Tensor, "n d_sae"]
-    ) -> tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]:
+    def choose(self, pre_acts: Float[Tensor, "n d_sae"], k: int) -> Chosen:
         """Values and indices of exactly k latents of each row; values may be zero."""
-        values, indices = pre_acts.topk(self.k, dim=1, sorted=False)
-        return values.relu(), indices
+        if self.selection == "groupmax":
+            values, places = pre_acts.reshape(len(pre_acts), k, self.d_sae // k).max(dim=2)
+            starts = torch.arange(0, self.d_sae, self.d_sae // k, device=places.device)
+            return values.relu(), places + starts
+        return self.strongest(pre_acts, k)
+
+    def strongest(self, pre_acts: Float[Tensor, "n m"], k: int) -> Chosen:
+        """See `SAE.strongest`."""
+        if self.selection == "abstopk":
+            indices = pre_acts.abs().topk(k, dim=1, sorted=False).indices
+            return pre_acts.gather(1, indices), indices
+        return super().strongest(pre_acts, k)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """See `SAE.encode`."""
         pre_acts = self.pre_activations(self.scaled(x))
-        values, indices = self.choose(pre_acts)
+        values, indices = self.choose(pre_acts, self.k)
         return torch.zeros_like(pre_acts).scatter(1, indices, values)
 
     def encode_chunk(self, x: Float[Tensor, "n d_in"]) -> Latents:
         """See `SAE.encode_chunk`; no dense latents are made."""
-        values, indices = self.choose(self.pre_activations(self.scaled(x)))
+        values, indices = self.choose(self.pre_activations(self.scaled(x)), self.k)
         return Latents.from_topk(values, indices, self.d_sae)
 
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
-        """`reduced squared error + α L_aux` on scaled activations (appendix A.2)."""
+        """The reduced squared error on scaled activations, plus that with 4 k latents."""
         scaled = self.scaled(x)
         pre_acts = self.pre_activations(scaled)
-        values, indices = self.choose(pre_acts)
+        k = annealed(self.k, self.k_start, self.k_anneal, state.progress)
+        values, indices = self.choose(pre_acts, k)
         x_hat = sum_rows(self.W_dec, indices, values) + self.b_dec
-        sse = (scaled - x_hat).square().sum(1).mean()
-        match self.loss_reduction:
-            case "sum":
-                parts = {"sse": sse}
-            case "mean":
-                parts = {"mse": sse / self.d_in}
-            case "normalised":
-                parts = {"normalised_mse": sse / self.d_in / self.mean_baseline_mse}
-        total = sum(parts.values(), sse.new_zeros(()))
-        if self.auxk_coefficient > 0:
-            auxk = sse.new_zeros(())
-            if state.dead is not None:
-                residual = (scaled - x_hat).detach()
-                auxk = auxk_loss(residual, pre_acts, state.dead, self.W_dec, self.k_aux)
-            parts["auxk"] = auxk
-            total = total + self.auxk_coefficient * auxk
-        fired = torch.bincount(indices[values > 0], minlength=self.d_sae)
-        l0 = fired.sum() / max(len(x), 1)
-        parts = {name: part.detach() for name, part in parts.items()}
-        return Loss(total, parts, x_hat.detach() / self.input_scale, fired, l0)
-
-    def initialise(self, stats: ActivationStats, generator: torch.Generator) -> None:
-        """See `SAE.initialise`.
-
-        Raises:
-            DataError: `normalised` and all activations are equal.
-        """
-        self.set_input_scale(stats)
-        self.initialise_weights(1.0, generator)
-        self.initialise_b_dec(stats, self.b_dec_init)
-        # On the CPU: Metal has no float64.
-        deviations = stats.sample.cpu().double() - stats.mean.cpu().double()
-        baseline = deviations.square().mean() * float(self.input_scale) ** 2
-        if self.loss_reduction == "normalised" and not baseline > 0:
-            raise DataError("sae.loss_reduction=normalised: all training activations are equal")
-        self.mean_baseline_mse.copy_(baseline)
-
-    def before_step(self) -> None:
-        """See `SAE.before_step`: the step may not lengthen decoder rows."""
-        self.remove_parallel_gradient()
-
-    def after_step(self) -> None:
-        """See `SAE.after_step`: decoder rows have norm 1."""
-        self.normalise_decoder()
-
-    @torch.no_grad()
-    def fold(self) -> "SAE":
-        """See `SAE.fold`; a normalised loss does not change either."""
-        self.mean_baseline_mse.div_(self.input_scale**2)
-        return super().fold()
-
-    @torch.no_grad()
-    def unfold(self, scale: float) -> "SAE":
-        """See `SAE.unfold`."""
-        self.mean_baseline_mse.mul_(scale**2)
-        return super().unfold(scale)
+        terms = {}
+        if self.multi_topk > 0:
+            more, where = self.choose(pre_acts, min(4 * k, self.d_sae))
+            residual = scaled - sum_rows(self.W_dec, where, more) - self.b_dec
+            terms["multi_topk"] = (self.multi_topk, self.error(residual.square().sum(1), scaled)[1])
+        fired = torch.bincount(indices[values != 0], minlength=self.d_sae)
+        return self.loss_of(x, scaled, x_hat, fired, **terms)
 
 
-def default_k_aux(d_in: int) -> int:
-    """The power of two nearest to d_in / 2 on a log scale (Gao et al., appendix A.2)."""
-    return int(2 ** max(0, round(math.log2(d_in / 2))))
+def chosen_k(d_in: int, k: int, k_start: int | None, common: Common) -> int:
+    """k, or the target L0, which is the same by the name that every kind accepts.
 
-
-def auxk_loss(
-    residual: Float[Tensor, "n d_in"],
-    pre_acts: Float[Tensor, "n d_sae"],
-    dead: Bool[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    k_aux: int,
-) -> Float[Tensor, ""]:
-    """How badly dead latents predict what the live ones leave over (Gao et al., appendix A.2).
-
-    With e the residual (no gradient flows into it) and z the pre-activations of dead latents,
-
-        L_aux = min(n_dead / k_aux, 1) · MSE(e, ReLU(TopK_{k_aux}(z)) W_dec) / MSE(e, mean row of e)
-
-    and 0 where the residual has no variance. The first factor, so that a few dead latents are not
-    asked to explain everything, is not in the paper.
+    Raises:
+        ConfigError: it is no whole number, or larger than d_sae.
     """
-    candidates = dead.nonzero().squeeze(1)
-    n_dead = len(candidates)
-    if n_dead == 0:
-        return residual.new_zeros(())
-    values, chosen = pre_acts.index_select(1, candidates).topk(min(k_aux, n_dead), dim=1)
-    predicted = sum_rows(W_dec, candidates[chosen], values.relu())
-    variance = (residual - residual.mean(0)).square().mean()
-    # A NaN that is replaced afterwards would still be one in the gradient.
-    weight = torch.where(variance > 0, 1 / variance, 0) * min(n_dead / k_aux, 1)
-    return weight * (predicted - residual).square().mean()
+    n_latents = width(d_in, common["d_sae"], common["expansion"])
+    target = common["target_l0"]
+    if target is not None and not float(target).is_integer():
+        raise ConfigError(f"sae.target_l0={target:g}: k is a whole number here")
+    chosen = k if target is None else int(target)
+    for key, number in (("k" if target is None else "target_l0", chosen), ("k_start", k_start)):
+        if number is not None and number > n_latents:
+            raise ConfigError(f"sae.{key}={number}: must be <= d_sae={n_latents}")
+    return chosen
+
+
+def annealed(k: int, start: int | None, share: float, progress: float) -> int:
+    """K at this point of training: linear from `start` to `k` over the first `share` of it."""
+    if start is None or progress >= share:
+        return k
+    return round(start + (k - start) * progress / share)

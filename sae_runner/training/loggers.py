@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_runner.errors import ConfigError
-from sae_runner.training.trainer import LogSink
+from sae_runner.training.journal import LogSink
 
 
 def build_sinks(

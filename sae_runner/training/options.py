@@ -24,6 +24,7 @@ class TrainOptions:
     clip_grad_norm: float | None
     precision: Literal["fp32", "bf16"]
     dead_window: int
+    n_calibration: int
     log_every: int
     save_every: float | None
     checkpoints: int
@@ -46,6 +47,7 @@ class TrainOptions:
         clip_grad_norm: PositiveFloat | None,
         precision: Literal["fp32", "bf16"],
         dead_window: Positive,
+        n_calibration: Positive,
         log_every: Positive,
         save_every: NonNegativeFloat | None,
         checkpoints: NonNegative,

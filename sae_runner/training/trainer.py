@@ -4,14 +4,13 @@ It knows the SAE's interface and a stream of batches, and no architecture by nam
 """
 
 import itertools
-import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +19,20 @@ from sae_runner import files, signals
 from sae_runner.checkpoint import save_checkpoint, step_dirs
 from sae_runner.errors import ConfigError
 from sae_runner.log import Progress
-from sae_runner.meters import peak_rss_mib
 from sae_runner.saes.base import SAE, Loss, TrainState
-from sae_runner.store.activations import Activations, Position
+from sae_runner.store.activations import Activations, Batch, Position
 from sae_runner.store.prefetch import Prefetched
 from sae_runner.training import schedules
-from sae_runner.training.dead_latents import DeadLatents
+from sae_runner.training.dead_latents import DEAD_LATENTS
+from sae_runner.training.dead_latents.base import DeadLatents
+from sae_runner.training.journal import Journal, LogSink
 from sae_runner.training.options import TrainOptions as TrainOptions
+from sae_runner.training.target_l0 import TargetL0
 
 log = logging.getLogger("sae_runner")
 DIVERGED = 1e4
 """Squared error over squared norm of x: a reconstruction a hundred times too long is none."""
-LogSink = Callable[[dict[str, float]], None]
-
-
-class _Logged(NamedTuple):
-    """When timings were logged last."""
-
-    step: int
-    at: float
-    wait_s: float = 0.0
+RESAMPLE_SEED = 0x726573  # "res"
 
 
 class Trainer:
@@ -56,12 +49,13 @@ class Trainer:
         data_seed: int,
         device: torch.device,
         facts: dict[str, Any],
+        dead_latents: dict[str, Any] | None = None,
         prefetch: int = 2,
         sinks: tuple[LogSink, ...] = (),
     ) -> None:
         self.sae, self.store, self.options, self.run_dir = sae.to(device), store, options, run_dir
         self.seed, self.data_seed, self.device = seed, data_seed, device
-        self.facts, self.prefetch, self.sinks = facts, prefetch, sinks
+        self.facts, self.prefetch = facts, prefetch
         self.lr = schedules.learning_rate(options.lr, sae.d_sae)
         self.optimizer = torch.optim.Adam(
             sae.parameters(),
@@ -70,10 +64,21 @@ class Trainer:
             eps=options.eps,
             fused=device.type in ("cpu", "cuda"),
         )
-        self.dead = DeadLatents(sae.d_sae, options.dead_window, device)
+        self.dead: DeadLatents = DEAD_LATENTS.build(
+            dead_latents or {"type": "none"}, sae=sae, window=options.dead_window
+        )
+        self.intervention_steps = frozenset(self.dead.steps(options.n_steps))
+        if self.intervention_steps and store.in_order:
+            raise ConfigError(
+                "sae/dead_latents=resample: reads training rows again, which a stream in order "
+                "cannot give; use store=disk"
+            )
+        controlled = sae.target_l0 if sae.penalised else None
+        self.target_l0 = None if controlled is None else TargetL0(controlled)
         self.step, self.position = 0, Position()
         self.mean = torch.zeros(sae.d_in)
-        self.logged = _Logged(0, time.perf_counter())
+        self.journal = Journal(run_dir, options.batch_size, sinks)
+        self.keep_at = options.checkpoint_steps()
         self.saved_step, self.saved_at = 0, time.monotonic()
 
     # -- Where to start --------------------------------------------------------------------------
@@ -95,22 +100,15 @@ class Trainer:
         self.saved_step = self.step
         self.sae.load_tensors(weights)
         self.dead.rows_since_fired.copy_(optimizer.pop("dead.rows_since_fired"))
+        if self.target_l0 is not None:
+            self.target_l0.restore(state["target_l0"])
         for name, parameter in self.sae.named_parameters():
             slots = {k.split("/")[1]: v for k, v in optimizer.items() if k.startswith(name + "/")}
             self.optimizer.state[parameter] = {
                 k: v if k == "step" and self.device.type == "cpu" else v.to(self.device)
                 for k, v in slots.items()
             }
-        self._truncate("metrics.jsonl")
-        self._truncate("timings.jsonl")
-
-    def _truncate(self, name: str) -> None:
-        """Forget what was logged after the step that is gone back to."""
-        path = self.run_dir / name
-        if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            files.write_text(path, "".join(line + "\n" for line in kept))
+        self.journal.go_back_to(self.step)
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -122,50 +120,73 @@ class Trainer:
             ConfigError: training diverged.
         """
         options = self.options
-        keep_at = options.checkpoint_steps()
-        # Before anything is read ahead: a stream is read front to back.
-        self.mean = self.store.stats(1).mean.to(self.device)
-        shuffled = self.store.shuffled(options.batch_size, self.data_seed, start=self.position)
-        # No more than will be used: a stream must not keep the model busy once training is over.
-        batches = Prefetched(itertools.islice(shuffled, options.n_steps - self.step), self.prefetch)
+        batches = Prefetched(self.batches(), self.prefetch)
         progress = Progress(
             "train",
             options.n_steps * options.batch_size,
             "rows",
             done=self.step * options.batch_size,
         )
-        self.logged = _Logged(self.step, time.perf_counter())
-        self.saved_at = time.monotonic()
         try:
             with signals.deferred() as stop:
                 while self.step < options.n_steps:
                     batch = batches.next_unless(stop)
                     if batch is None:  # Waiting for a window of a stream can take minutes.
-                        self.log_timings(batches.wait_s)
-                        self.save()
+                        self.save(batches.wait_s)
                         self._interrupt(stop)
                         break
-                    loss, grad_norm, lr = self.take_step(batch.x.to(self.device))
-                    self.step, self.position = self.step + 1, batch.position
-                    last = self.step == options.n_steps
-                    logging_now = self.step % options.log_every == 0 or last
-                    if logging_now:
-                        row = self.log_metrics(batch.x, loss, grad_norm, lr)
+                    row = self.advance(batch, batches.wait_s, stop)
+                    if row:
                         note = f"loss {row['loss']:.4g} fvu {row['fvu']:.3f} l0 {row['l0']:.1f}"
                         progress.advance(0, note)
                     progress.advance(len(batch.x))
-                    stopping = bool(stop)  # A signal that comes later waits for the next step.
-                    saving = self.step in keep_at or last or stopping or self.save_is_due()
-                    if saving or logging_now:
-                        self.log_timings(batches.wait_s)
-                    if saving:
-                        self.check_sound(batch.x, loss, grad_norm)
-                        self.save()
-                    if stopping or (last and stop):
-                        self._interrupt(stop)
         finally:
             progress.close()
             batches.close()
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches that are still to come; starts the clocks."""
+        # Before anything is read ahead: a stream is read front to back.
+        self.mean = self.store.stats(1).mean.to(self.device)
+        self.journal.begin(self.step)
+        self.saved_at = time.monotonic()
+        shuffled = self.store.shuffled(self.options.batch_size, self.data_seed, start=self.position)
+        # No more than will be used: a stream must not keep the model busy once training is over.
+        return itertools.islice(shuffled, self.options.n_steps - self.step)
+
+    def advance(
+        self, batch: Batch, wait_s: float = 0.0, stop: signals.StopRequest | None = None
+    ) -> dict[str, float] | None:
+        """Take a step on a batch, and log and save what is due; the line of metrics.jsonl if any.
+
+        Raises:
+            Interrupted: `stop` is true; the state is saved.
+            ConfigError: training diverged.
+        """
+        loss, grad_norm, lr = self.take_step(batch.x.to(self.device))
+        self.step, self.position = self.step + 1, batch.position
+        row, last = None, self.step == self.options.n_steps
+        if self.step % self.options.log_every == 0 or last:
+            row = self.log_metrics(batch.x, loss, grad_norm, lr)
+            self.journal.timings(self.step, wait_s)
+        stopping = bool(stop)  # A signal that comes later waits for the next step.
+        if self.step in self.keep_at or last or stopping or self.save_is_due():
+            self.check_sound(batch.x, loss, grad_norm)
+            self.save(wait_s)
+        if stop is not None and (stopping or (last and stop)):
+            self._interrupt(stop)
+        return row
+
+    def intervene(self) -> None:
+        """Let the strategy for dead latents change weights, by rows of an order of its own."""
+        seed = self.data_seed + RESAMPLE_SEED + self.step
+        shuffled = self.store.shuffled(self.options.batch_size, seed)
+        rows = (batch.x.to(self.device) for batch in shuffled)
+        generator = torch.Generator().manual_seed(self.seed + seed)
+        n_dead = int(self.dead.dead.sum())
+        self.dead.intervene(rows, self.optimizer, generator)
+        self.sae.after_step()
+        log.info("step %d: %d dead latents pointed at badly reconstructed rows", self.step, n_dead)
 
     def _interrupt(self, stop: signals.StopRequest) -> None:
         stop.interrupt(f"stopped at step {self.step}; type the same command to go on")
@@ -173,16 +194,21 @@ class Trainer:
     def take_step(self, x: Tensor) -> tuple[Loss, Tensor, float]:
         """One update on a batch [n, d_in]: the loss of its last part, gradient norm, lr."""
         options, sae = self.options, self.sae
-        lr = self.lr * schedules.lr_factor(
+        if self.step in self.intervention_steps:  # A checkpoint of this step is from before.
+            self.intervene()
+        lr_factor = schedules.lr_factor(
             self.step,
             options.n_steps,
             warmup_fraction=options.lr_warmup,
             decay_fraction=options.lr_decay,
-        )
+        ) * self.dead.lr_factor(self.step, options.n_steps)
+        lr = self.lr * lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         penalty = schedules.warmup(self.step, options.penalty_warmup * options.n_steps)
-        state = TrainState(self.dead.dead, penalty)
+        if self.target_l0 is not None:
+            penalty *= self.target_l0.factor
+        state = TrainState(penalty, self.step / options.n_steps)
         self.optimizer.zero_grad(set_to_none=True)
         parts = torch.split(x, options.micro_batch_size or len(x))
         losses = []
@@ -190,7 +216,7 @@ class Trainer:
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=options.precision == "bf16"
             ):
-                loss = sae.loss(part, state)
+                loss = self.dead.add_to(sae.loss(part, state), part)
             (loss.total * (len(part) / len(x))).backward()  # type: ignore[no-untyped-call]
             losses.append(Loss(*(_detached(field) for field in loss)))
         sae.before_step()
@@ -202,6 +228,8 @@ class Trainer:
         sae.after_step()
         whole = _merged(losses)
         self.dead.update(whole.fired, len(x))
+        if self.target_l0 is not None:
+            self.target_l0.update(float(whole.l0), lr_factor)
         return whole, grad_norm, lr
 
     # -- What is kept ----------------------------------------------------------------------------
@@ -222,10 +250,10 @@ class Trainer:
             "lr": lr,
             "grad_norm": float(grad_norm),
         }
+        if self.target_l0 is not None:
+            row["penalty_factor"] = self.target_l0.factor
         self.check_sound(x, loss, grad_norm)
-        self._append("metrics.jsonl", row)
-        for sink in self.sinks:
-            sink(row)
+        self.journal.metrics(row)
         return row
 
     def check_sound(self, x: Tensor, loss: Loss, grad_norm: Tensor) -> None:
@@ -251,48 +279,30 @@ class Trainer:
                     f"({self.options.clip_grad_norm}); the last checkpoint stays"
                 )
 
-    def log_timings(self, wait_s: float) -> None:
-        """Append one line to timings.jsonl: what clocks and a memory meter say since the last.
-
-        `wait_s` is how long training has waited for batches since it began.
-        """
-        before, self.logged = self.logged, _Logged(self.step, time.perf_counter(), wait_s)
-        if self.step == before.step:
-            return
-        seconds = max(self.logged.at - before.at, 1e-9)
-        row = {
-            "step": self.step,
-            "rows_per_s": round((self.step - before.step) * self.options.batch_size / seconds, 1),
-            "wait_fraction": round((wait_s - before.wait_s) / seconds, 4),
-            "wall_s": round(seconds, 3),
-            "peak_rss_mib": peak_rss_mib(),
-        }
-        self._append("timings.jsonl", row)
-
-    def _append(self, name: str, row: dict[str, float]) -> None:
-        with (self.run_dir / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
     def save_is_due(self) -> bool:
         """Whether a kill would now cost more than `save_every` minutes."""
         minutes = self.options.save_every
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
-    def save(self) -> None:
+    def save(self, wait_s: float = 0.0) -> None:
         """Write a checkpoint, then remove those that neither `checkpoints` nor a resume needs.
 
         While training goes on the one before is kept too, should the newest turn out damaged.
         """
-        for name in ("metrics.jsonl", "timings.jsonl"):  # On disk before the step they reach to.
-            if (self.run_dir / name).is_file():
-                files.flush(self.run_dir / name)
+        self.journal.timings(self.step, wait_s)
+        self.journal.flush()  # On disk before the step they reach to.
         last = self.step == self.options.n_steps
-        state = {"step": self.step, "position": asdict(self.position)}
+        state: dict[str, Any] = {"step": self.step, "position": asdict(self.position)}
+        if self.target_l0 is not None:
+            state["target_l0"] = self.target_l0.state()
         tensors = {"dead.rows_since_fired": self.dead.rows_since_fired}
         for name, parameter in self.sae.named_parameters():
             for slot, value in self.optimizer.state[parameter].items():
                 tensors[f"{name}/{slot}"] = value
         folder = self.run_dir / "checkpoints" / f"step_{self.step:08d}"
+        if self.sae.calibrates:
+            rows = self.store.rows("heldout", self.options.batch_size, self.options.n_calibration)
+            self.sae.calibrate(stored.x.to(self.device) for stored in rows)
         keep_state = not last or self.options.keep_state
         save_checkpoint(
             folder,
@@ -301,7 +311,7 @@ class Trainer:
             state=state if keep_state else None,
             optimizer=tensors if keep_state else None,
         )
-        kept = self.options.checkpoint_steps() | {self.step}
+        kept = self.keep_at | {self.step}
         if not last:
             kept.add(self.saved_step)
         self.saved_step, self.saved_at = self.step, time.monotonic()
@@ -328,4 +338,5 @@ def _merged(losses: list[Loss]) -> Loss:
         torch.cat([loss.x_hat for loss in losses]),
         torch.stack([loss.fired for loss in losses]).sum(0),
         torch.stack([loss.l0 for loss in losses]).mean(),
+        torch.cat([loss.residual for loss in losses]),
     )

@@ -36,7 +36,7 @@ def test_the_dead_horizon_counts_what_the_last_step_has_seen(about, n_tokens, wi
             "AuxK will never fire (trainer.dead_window)"
         ]
     )
-    assert about(10_000, *words, "sae.auxk_coefficient=0") == []
+    assert about(10_000, *words, "sae/dead_latents=none") == []
     assert about(10_000, *[w for w in words if "dead" not in w], "sae=relu") == []
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from sae_runner.checkpoint import load_sae, save_checkpoint, step_dirs
 from sae_runner.commands.train import take_weights
-from sae_runner.config import config_dir
+from sae_runner.config import preset
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
 from sae_runner.statistics import ActivationStats
@@ -166,8 +165,7 @@ def rows(scale: float, seed: int) -> torch.Tensor:
 
 
 def initialised(kind: str, x: torch.Tensor, **options: Any) -> SAE:
-    cfg = OmegaConf.load(f"{config_dir()}/sae/{kind}.yaml")
-    cfg.update({"d_sae": 10, "expansion": None})
+    cfg = preset("sae", kind) | {"d_sae": 10, "expansion": None}
     cfg.update({key: value for key, value in {"k": 3, **options}.items() if key in cfg})
     sae: SAE = SAES.build(cfg, d_in=6)
     norms = x.norm(dim=1)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_runner.config import preset
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators.base import EvalContext, Findings, Rows
 from sae_runner.report.schema import EVAL_SCHEMA, check_envelope
-from sae_runner.saes.base import SAE, ActivationStats, Latents, Loss, TrainState
+from sae_runner.saes.base import SAE, ActivationStats, Common, Latents, Loss, TrainState
 
 Measure = Callable[..., Findings]
 
@@ -21,7 +22,9 @@ class Given(SAE):
     kind = "given"
 
     def __init__(self, W_dec: Tensor, input_scale: float) -> None:
-        super().__init__(W_dec.shape[1], len(W_dec), input_scaling="none", options={})
+        common = {k: v for k, v in preset("sae", "topk").items() if k in Common.__annotations__}
+        common |= {"d_sae": len(W_dec), "expansion": None, "input_scaling": "none"}
+        super().__init__(W_dec.shape[1], options={}, **common)
         self.W_dec.data = W_dec.clone()
         self.input_scale.fill_(input_scale)
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_runner.config import preset
 from sae_runner.data import build_dataset
 from sae_runner.data.toy import ToyDataset
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators.base import EvalContext, Findings, Rows
-from sae_runner.saes.base import SAE, ActivationStats, Latents, Loss, TrainState
+from sae_runner.saes.base import SAE, ActivationStats, Common, Latents, Loss, TrainState
 
 N = 4000
 
@@ -22,7 +23,9 @@ class Given(SAE):
     kind = "given"
 
     def __init__(self, W_dec: Tensor) -> None:
-        super().__init__(W_dec.shape[1], len(W_dec), input_scaling="none", options={})
+        common = {k: v for k, v in preset("sae", "topk").items() if k in Common.__annotations__}
+        common |= {"d_sae": len(W_dec), "expansion": None, "input_scaling": "none"}
+        super().__init__(W_dec.shape[1], options={}, **common)
         self.W_dec.data = W_dec.clone()
 
     def encode(self, x: Tensor) -> Tensor:

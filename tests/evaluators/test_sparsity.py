@@ -213,19 +213,14 @@ def test_l0_histogram_is_what_the_figure_draws():
     import numpy as np
     import torch
 
+    from sae_runner.config import preset
     from sae_runner.evaluators.base import EvalContext, Rows
     from sae_runner.evaluators.sparsity import Sparsity
     from sae_runner.saes import SAES
     from sae_runner.saes._latents import Latents
 
-    sae = SAES.build(
-        {
-            "type": "topk", "d_sae": 4, "expansion": None, "k": 2, "target_l0": None,
-            "loss_reduction": "mean", "auxk_coefficient": 0.0, "k_aux": None,
-            "input_scaling": "none", "b_dec_init": "zero",
-        },
-        d_in=2,
-    )  # fmt: skip
+    options = {"d_sae": 4, "expansion": None, "k": 2, "input_scaling": "none"}
+    sae = SAES.build(preset("sae", "topk") | options, d_in=2)
     acts = torch.tensor([[1.0, 0, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 3, 4, 0]])
     ids = torch.arange(4)
     evaluator = Sparsity(active_eps=0.0, n_bootstrap=0)

@@ -1,9 +1,12 @@
 """What holds for the parts of the base, and for every architecture there is."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
+from sae_runner.config import preset
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.saes import SAES, base
 from sae_runner.saes._initialisation import geometric_median, random_directions
@@ -212,10 +215,10 @@ def test_fold_changes_units_only(make, rows, kind, scaling):
 @every_kind
 def test_unfold_takes_a_folded_sae_back_to_training(make, rows, kind):
     sae, x = make(kind).double(), rows(40).double()
-    state = TrainState(torch.ones(24, dtype=torch.bool), 0.5)
-    scale, before, loss = sae.input_scale.item(), sae(x).x_hat, sae.loss(x, state)
-    assert sae.fold().unfold(scale) is sae
-    assert sae.input_scale.item() == pytest.approx(scale)
+    state, like = TrainState(0.5), copy.deepcopy(sae)
+    before, loss = sae(x).x_hat, sae.loss(x, state)
+    assert sae.fold().unfold_like(like) is sae
+    assert sae.input_scale.item() == pytest.approx(like.input_scale.item())
     torch.testing.assert_close(sae(x).x_hat, before, rtol=1e-6, atol=1e-9)
     again = sae.loss(x, state)
     assert again.total.item() == pytest.approx(loss.total.item(), rel=1e-6)
@@ -237,7 +240,7 @@ def test_fold_in_single_precision(make, rows, kind):
 @every_kind
 def test_loss_reports_what_the_map_does(make, rows, kind):
     sae, x = make(kind), rows(40)
-    loss = sae.loss(x, TrainState(torch.zeros(24, dtype=torch.bool)))
+    loss = sae.loss(x, TrainState())
     acts = sae.encode(x).detach().numpy()
     torch.testing.assert_close(loss.x_hat, sae(x).x_hat.detach())
     assert loss.fired.tolist() == (acts != 0).sum(0).tolist()
@@ -252,7 +255,7 @@ def test_a_step_leaves_every_weight_finite_and_moves_it(make, rows, kind):
     sae, x = make(kind), rows(40)
     before = {name: tensor.clone() for name, tensor in sae.tensors().items()}
     optimiser = torch.optim.SGD(sae.parameters(), lr=0.01)
-    sae.loss(x, TrainState(torch.zeros(24, dtype=torch.bool))).total.backward()
+    sae.loss(x, TrainState()).total.backward()
     sae.before_step()
     optimiser.step()
     sae.after_step()
@@ -264,9 +267,9 @@ def test_a_step_leaves_every_weight_finite_and_moves_it(make, rows, kind):
 @every_kind
 def test_bf16_autocast_trains_in_float32(make, rows, kind):
     sae, x = make(kind), rows(40)
-    exact = sae.loss(x, TrainState(torch.ones(24, dtype=torch.bool)))
+    exact = sae.loss(x, TrainState())
     with torch.autocast("cpu", torch.bfloat16):
-        loss = sae.loss(x, TrainState(torch.ones(24, dtype=torch.bool)))
+        loss = sae.loss(x, TrainState())
         x_hat = sae(x).x_hat
     loss.total.backward()
     assert loss.total.dtype == x_hat.dtype == torch.float32
@@ -318,21 +321,17 @@ def test_saved_and_loaded_is_the_same(make, new, rows, kind):
     assert tensors["W_enc"].shape == (8, 24) and tensors["W_enc"].is_contiguous()
     assert torch.equal(tensors["W_enc"], sae.W_enc)
     assert config["type"] == kind and config["d_sae"] == 24 and config["expansion"] is None
-    copy = SAES.build(config, d_in=8)
-    copy.load_tensors({name: tensor.clone() for name, tensor in tensors.items()})
-    assert copy.config() == config
-    assert torch.equal(copy(x).x_hat, sae(x).x_hat)
-    state = TrainState(torch.ones(24, dtype=torch.bool), 0.5)
-    assert torch.equal(copy.loss(x, state).total, sae.loss(x, state).total)
+    other = SAES.build(config, d_in=8)
+    other.load_tensors({name: tensor.clone() for name, tensor in tensors.items()})
+    assert other.config() == config
+    assert torch.equal(other(x).x_hat, sae(x).x_hat)
+    state = TrainState(0.5)
+    assert torch.equal(other.loss(x, state).total, sae.loss(x, state).total)
 
 
 @every_kind
 def test_config_keeps_every_option_of_the_yaml(make, kind):
-    from omegaconf import OmegaConf
-
-    from sae_runner.config import config_dir
-
-    assert make(kind).config().keys() == OmegaConf.load(f"{config_dir()}/sae/{kind}.yaml").keys()
+    assert make(kind).config().keys() == preset("sae", kind).keys()
 
 
 @every_kind

@@ -1,4 +1,4 @@
-"""TopK and AuxK against formulas written a second time, in NumPy and float64."""
+"""TopK against formulas written a second time, in NumPy and float64."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,8 @@ import torch
 
 from sae_runner.errors import ConfigError, DataError
 from sae_runner.saes.base import TrainState
-from sae_runner.saes.topk import auxk_loss, default_k_aux
 
-D_IN, D_SAE, K, K_AUX = 5, 12, 3, 4
-DEAD = np.array([0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1], dtype=bool)
+D_IN, D_SAE, K = 5, 12, 3
 
 
 def topk_relu(z: np.ndarray, k: int) -> np.ndarray:
@@ -20,24 +18,19 @@ def topk_relu(z: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
-def reference(p: dict, x: np.ndarray, sae, dead: np.ndarray, at: dict | None = None) -> dict:
-    """Every part of the loss; the residual that AuxK predicts is taken at parameters `at`."""
-
-    def reconstruct(p):
-        z = (sae.input_scale.item() * x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
-        return z, topk_relu(z, sae.k) @ p["W_dec"] + p["b_dec"]
-
-    z, x_hat = reconstruct(p)
+def reference(p: dict, x: np.ndarray, sae, k: int | None = None) -> dict:
+    """The error under every reduction."""
     scaled = sae.input_scale.item() * x
-    e = scaled - reconstruct(at or p)[1]
-    predicted = topk_relu(z[:, dead], sae.k_aux) @ p["W_dec"][dead]
-    auxk = ((predicted - e) ** 2).mean() / ((e - e.mean(0)) ** 2).mean()
+    z = (scaled - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    x_hat = topk_relu(z, k or sae.k) @ p["W_dec"] + p["b_dec"]
     mse = ((scaled - x_hat) ** 2).mean()
+    norms = np.sqrt((scaled**2).sum(1, keepdims=True))
+    baseline = sae.mean_baseline_mse.item() if sae.loss_reduction == "normalised" else 1.0
     return {
         "sse": mse * x.shape[1],
         "mse": mse,
-        "normalised_mse": mse / sae.mean_baseline_mse.item(),
-        "auxk": auxk * min(dead.sum() / sae.k_aux, 1),
+        "normalised_mse": mse / baseline,
+        "mse_by_norm": ((scaled - x_hat) ** 2 / norms).mean(),
     }
 
 
@@ -46,98 +39,86 @@ def parameters(sae) -> dict:
     return {name: sae.tensors()[name].double().numpy().copy() for name in names}
 
 
-PARTS = {"sum": "sse", "mean": "mse", "normalised": "normalised_mse"}
+PARTS = {
+    "sum": "sse", "mean": "mse", "normalised": "normalised_mse", "row_norm": "mse_by_norm",
+}  # fmt: skip
 
 
 @pytest.fixture
 def small(make):
     def build(**options):
-        options = {"k": K, "k_aux": K_AUX, "auxk_coefficient": 0.5, **options}
-        return make("topk", D_IN, D_SAE, **options).double()
+        return make("topk", D_IN, D_SAE, **{"k": K, **options}).double()
 
     return build
 
 
+@pytest.mark.parametrize("multi", [0.0, 0.125])
 @pytest.mark.parametrize("reduction", PARTS)
-@pytest.mark.parametrize("n_dead", [12, 5, 2])
-def test_loss_is_the_papers(small, rows, reduction, n_dead):
-    sae, x = small(loss_reduction=reduction), rows(20, D_IN).double()
-    dead = np.arange(D_SAE) < n_dead
-    loss = sae.loss(x, TrainState(torch.from_numpy(dead)))
-    expected = reference(parameters(sae), x.numpy(), sae, dead)
-    assert set(loss.parts) == {PARTS[reduction], "auxk"}
-    for name, part in loss.parts.items():
-        assert part.item() == pytest.approx(expected[name], rel=1e-12)
-    total = expected[PARTS[reduction]] + 0.5 * expected["auxk"]
-    assert loss.total.item() == pytest.approx(total, rel=1e-12)
-
-
-@pytest.mark.parametrize("reduction", PARTS)
-def test_gradient_is_that_of_the_formula_with_the_residual_held(small, rows, reduction):
-    sae, x = small(loss_reduction=reduction), rows(20, D_IN).double()
-    sae.loss(x, TrainState(torch.from_numpy(DEAD))).total.backward()
+def test_loss_and_gradient_are_the_papers(small, rows, reduction, multi):
+    sae = small(loss_reduction=reduction, multi_topk=multi)
+    x, name = rows(20, D_IN).double(), PARTS[reduction]
+    loss = sae.loss(x, TrainState())
     at = parameters(sae)
 
     def total(p):
-        parts = reference(p, x.numpy(), sae, DEAD, at)
-        return parts[PARTS[reduction]] + 0.5 * parts["auxk"]
+        more = reference(p, x.numpy(), sae, k=min(4 * K, D_SAE))[name]
+        return reference(p, x.numpy(), sae)[name] + multi * more
 
-    for name, values in at.items():
+    assert set(loss.parts) == {name} | ({"multi_topk"} if multi else set())
+    assert loss.parts[name].item() == pytest.approx(reference(at, x.numpy(), sae)[name], rel=1e-12)
+    assert loss.total.item() == pytest.approx(total(at), rel=1e-12)
+    loss.total.backward()
+    for key, values in at.items():
         numeric = np.zeros_like(values)
         for entry in np.ndindex(values.shape):
             step = np.zeros_like(values)
             step[entry] = 1e-6
             numeric[entry] = (
-                total(at | {name: values + step}) - total(at | {name: values - step})
+                total(at | {key: values + step}) - total(at | {key: values - step})
             ) / 2e-6
-        gradient = (sae.W_enc_rows.grad.T if name == "W_enc" else getattr(sae, name).grad).numpy()
+        gradient = (sae.W_enc_rows.grad.T if key == "W_enc" else getattr(sae, key).grad).numpy()
         assert np.abs(numeric).max() > 1e-4
-        np.testing.assert_allclose(gradient, numeric, rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(gradient, numeric, rtol=1e-5, atol=1e-7, err_msg=key)
 
 
-def test_auxk_moves_the_encoder_of_dead_latents_and_nothing_of_live_ones(small, rows):
-    x, gradients = rows(20, D_IN).double(), []
-    for coefficient in (0.0, 0.5):
-        sae = small(auxk_coefficient=coefficient)
-        with torch.no_grad():  # Dead for sure: never among the k largest, though positive.
-            sae.W_enc_rows[DEAD] *= 0.05
-            sae.b_enc[DEAD] += 0.2
-            sae.b_enc[~DEAD] += 5.0
-        loss = sae.loss(x, TrainState(torch.from_numpy(DEAD)))
-        assert not loss.fired[DEAD].any()
-        loss.total.backward()
-        gradients.append((sae.W_enc_rows.grad, sae.W_dec.grad, sae.b_enc.grad))
-    for without, with_auxk in zip(*gradients, strict=True):
-        assert not without[DEAD].any()
-        assert (with_auxk[DEAD].reshape(DEAD.sum(), -1).abs().amax(1) > 0).all()
-        assert torch.equal(with_auxk[~DEAD], without[~DEAD])
+def test_multi_topk_reaches_the_encoder_of_latents_beyond_the_k_largest(small, rows):
+    """One library's fused encoder gives them no gradient at all."""
+    sae, x = small(k=1, multi_topk=1.0), rows(1, D_IN).double()
+    sae.loss(x, TrainState()).total.backward()
+    z = sae.pre_activations(sae.scaled(x))[0]
+    beyond = z.argsort(descending=True)[1:4]
+    beyond = beyond[z[beyond] > 0]
+    assert len(beyond) > 0 and (sae.W_enc_rows.grad[beyond].abs().amax(1) > 0).all()
 
 
-def test_auxk_of_a_perfect_prediction_is_zero_and_of_none_is_known(rows):
-    residual, dead = rows(30, 4).double(), torch.ones(4, dtype=torch.bool)
-    decoder = torch.eye(4, dtype=torch.float64)
-    # Latents that are the residual itself, made positive by a sign of the decoder row: exact.
-    positive = residual.abs()
-    assert auxk_loss(positive, positive, dead, decoder, 4).item() == pytest.approx(0, abs=1e-12)
-    # Pre-activations below zero predict nothing: mean square over variance.
-    expected = (residual.numpy() ** 2).mean() / residual.numpy().var(0).mean()
-    nothing = auxk_loss(residual, -positive, dead, decoder, 4)
-    assert nothing.item() == pytest.approx(expected, rel=1e-12)
-    # Half as many dead latents as k_aux: half of it.
-    assert auxk_loss(residual, -positive, dead, decoder, 8).item() == pytest.approx(expected / 2)
+def test_groupmax_is_the_largest_of_each_group(small, rows):
+    sae, x = small(selection="groupmax", k=4), rows(50, D_IN).double()
+    z = sae.pre_activations(sae.scaled(x)).detach().numpy()
+    expected = np.zeros_like(z)
+    for group in range(4):
+        best = 3 * group + z[:, 3 * group : 3 * group + 3].argmax(1)
+        expected[np.arange(50), best] = np.maximum(z[np.arange(50), best], 0)
+    np.testing.assert_array_equal(sae.encode(x).detach(), expected)
 
 
-def test_auxk_without_variance_or_dead_latents_is_zero(small, rows):
-    sae, one_row = small(), rows(1, D_IN).double()
-    loss = sae.loss(one_row, TrainState(torch.ones(D_SAE, dtype=torch.bool)))
-    loss.total.backward()
-    assert loss.parts["auxk"] == 0
-    assert all(p.grad.isfinite().all() for p in sae.parameters())
-    for dead in (None, torch.zeros(D_SAE, dtype=torch.bool)):
-        loss = sae.loss(rows(9, D_IN).double(), TrainState(dead))
-        assert loss.parts["auxk"] == 0
-        assert loss.total.item() == loss.parts["normalised_mse"].item()
-    assert "auxk" not in small(auxk_coefficient=0.0).loss(one_row, TrainState()).parts
+def test_abstopk_keeps_signs(small, rows):
+    sae, x = small(selection="abstopk"), rows(50, D_IN).double()
+    z = sae.pre_activations(sae.scaled(x)).detach().numpy()
+    expected = np.zeros_like(z)
+    for row in range(50):
+        best = np.argsort(-np.abs(z[row]))[:K]
+        expected[row, best] = z[row, best]
+    np.testing.assert_array_equal(sae.encode(x).detach(), expected)
+    assert (expected < 0).any() and sae.encode_sparse(x).counts.tolist() == [K] * 50
+
+
+def test_k_comes_down_over_its_share_of_training(small, rows):
+    sae, x = small(k=2, k_start=10, k_anneal=0.5), rows(400, D_IN).double()
+    with torch.no_grad():
+        sae.b_enc.fill_(100.0)  # All positive: L0 is k.
+    l0 = [sae.loss(x, TrainState(progress=p)).l0.item() for p in (0, 0.125, 0.25, 0.5, 0.9)]
+    assert l0 == [10, 8, 6, 2, 2]
+    assert sae.encode_sparse(x).counts.max() == 2
 
 
 def test_exactly_k_are_chosen_also_among_equals(small, rows):
@@ -197,15 +178,6 @@ def test_a_device_without_float64_can_initialise(new, stats, rows):
     assert baselines[0] == baselines[1]
 
 
-def test_fold_keeps_the_normalised_loss(small, rows):
-    sae, x = small(), rows(20, D_IN).double()
-    state = TrainState(torch.from_numpy(DEAD))
-    before = sae.loss(x, state)
-    after = sae.fold().loss(x, state)
-    for name, part in before.parts.items():
-        assert after.parts[name].item() == pytest.approx(part.item(), rel=1e-6), name
-
-
 def test_equal_activations_cannot_be_normalised(new, stats):
     for reduction in ("normalised", "mean"):
         sae = new("topk", 8, 24, loss_reduction=reduction, k=3)
@@ -248,30 +220,23 @@ def test_k_and_its_other_name(new):
     for options, message in (
         ({"k": 25}, r"sae\.k=25: must be <= d_sae=24"),
         ({"target_l0": 30}, r"sae\.target_l0=30: must be <= d_sae=24"),
-        ({"k": 3, "k_aux": 99}, r"sae\.k_aux=99: must be <= d_sae=24"),
+        ({"k": 3, "target_l0": 2.5}, r"sae\.target_l0=2\.5: k is a whole number here"),
+        ({"k": 3, "k_start": 99}, r"sae\.k_start=99: must be <= d_sae=24"),
+        ({"k": 5, "selection": "groupmax"}, r"sae\.k=5: groupmax needs a divisor of d_sae=24"),
         ({"k": 0}, r"sae\.k=0: must be > 0"),
-        ({"k": 3, "auxk_coefficient": -1.0}, r"sae\.auxk_coefficient=-1\.0: must be >= 0"),
+        ({"k": 3, "multi_topk": -1.0}, r"sae\.multi_topk=-1\.0: must be >= 0"),
         ({"k": 3, "loss_reduction": "total"}, "sae.loss_reduction=total: not one of its values"),
     ):
         with pytest.raises(ConfigError, match=message):
             new("topk", 8, 24, **options)
 
 
-def test_k_aux_is_a_power_of_two_near_half_the_width(new):
-    assert {d: default_k_aux(d) for d in (1, 2, 128, 768, 1024, 2304, 4096)} == {
-        1: 1, 2: 1, 128: 64, 768: 512, 1024: 512, 2304: 1024, 4096: 2048,
-    }  # fmt: skip
-    assert new("topk", 128, 1024).k_aux == 64
-    assert new("topk", 128, 40).k_aux == 40  # Never more than there are.
-
-
 def test_planted_dictionary_is_recovered(new, recovered):
     assert recovered(new("topk", 32, 96, k=4), n_steps=1_200) > 0.95
 
 
-def test_auxk_revives_latents_that_lose_from_the_start(new, recovered):
-    """Half of the latents start too faint to be chosen: without AuxK they stay so for ever."""
-    without = recovered(new("topk", 32, 64, k=4, auxk_coefficient=0.0), 800, n_faint=32)
-    with_auxk = recovered(new("topk", 32, 64, k=4, k_aux=16), 800, n_faint=32)
-    assert without < 0.85
-    assert with_auxk > 0.9
+def test_fold_keeps_the_normalised_loss(small, rows):
+    sae, x = small(), rows(20, D_IN).double()
+    before = sae.loss(x, TrainState())
+    after = sae.fold().loss(x, TrainState())
+    assert after.total.item() == pytest.approx(before.total.item(), rel=1e-6)

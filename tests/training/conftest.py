@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from sae_runner.config import config_dir, construct
+from sae_runner.config import config_dir, construct, preset
 from sae_runner.data.base import Split
 from sae_runner.models.base import SiteInfo
 from sae_runner.saes import SAES
@@ -65,8 +65,7 @@ def options_of(**changes: Any) -> TrainOptions:
 
 
 def sae_of(kind: str, d_in: int = D_IN, **options: Any) -> SAE:
-    cfg = OmegaConf.load(f"{config_dir()}/sae/{kind}.yaml")
-    cfg.update({"d_sae": D_SAE, "expansion": None})
+    cfg = preset("sae", kind) | {"d_sae": D_SAE, "expansion": None}
     small = {"k": 4, "l1_coefficient": 0.5, **options}
     cfg.update({key: value for key, value in small.items() if key in cfg})
     sae: SAE = SAES.build(cfg, d_in=d_in)
@@ -74,7 +73,7 @@ def sae_of(kind: str, d_in: int = D_IN, **options: Any) -> SAE:
 
 
 @pytest.fixture
-def rows() -> Callable[..., Rows]:
+def stored() -> Callable[..., Rows]:
     return lambda n=500, d=D_IN: Rows(planted(n, d))
 
 
@@ -97,7 +96,8 @@ def trainer(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
     def make(
         kind: str = "relu", name: str = "run", *, store: Activations | None = None,
         sae: dict[str, Any] | None = None, seed: int = 0, data_seed: int = 0,
-        sinks: tuple[Any, ...] = (), initialise: bool = True, **options: Any,
+        sinks: tuple[Any, ...] = (), initialise: bool = True,
+        dead_latents: dict[str, Any] | None = None, **options: Any,
     ) -> Trainer:  # fmt: skip
         run_dir = tmp_path / name
         run_dir.mkdir(exist_ok=True)
@@ -105,6 +105,7 @@ def trainer(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
         made = Trainer(
             sae_of(kind, store.d_in, **(sae or {})), store, options_of(**options), run_dir,
             seed=seed, data_seed=data_seed, device=torch.device("cpu"), facts={}, sinks=sinks,
+            dead_latents=dead_latents,
         )  # fmt: skip
         if initialise:
             made.initialise()

@@ -20,11 +20,22 @@ from sae_runner.training.trainer import Trainer
 KINDS = {
     "relu": {"kind": "relu"},
     "topk": {"kind": "topk"},
-    "auxk": {"kind": "topk", "sae": {"auxk_coefficient": 1.0, "k": 1}, "dead_window": 64},
+    "auxk": {
+        "kind": "topk", "sae": {"k": 1}, "dead_window": 64,
+        "dead_latents": {"type": "auxk", "coefficient": 1.0, "k_aux": None},
+    },
+    "resample": {
+        "kind": "relu", "sae": {"l1_coefficient": 3.0}, "dead_window": 64,
+        "dead_latents": {
+            "type": "resample", "at": [0.25, 0.6], "n_rows": 200, "encoder_norm": 0.2,
+            "lr_warmup": 0.1,
+        },
+    },
+    "target": {"kind": "relu", "sae": {"target_l0": 3.0}},
     "micro": {"kind": "relu", "micro_batch_size": 8},
     "bf16": {"kind": "topk", "precision": "bf16"},
     "no clipping": {"kind": "relu", "clip_grad_norm": None},
-}
+}  # fmt: skip
 
 
 def metrics(trainer: Trainer) -> list[dict[str, float]]:
@@ -65,12 +76,12 @@ def test_the_seeds_decide_weights_and_order_apart(trainer):
     assert len({results(run.run_dir)["sae.safetensors"] for run in runs.values()}) == 3
 
 
-def test_weights_are_drawn_on_the_cpu_whatever_computes(rows, options, sae, tmp_path):
+def test_weights_are_drawn_on_the_cpu_whatever_computes(stored, options, sae, tmp_path):
     """`meta` stands for any other device: it has no generator of its own."""
     drawn_by = []
     for device in ("cpu", "meta"):
         trainer = Trainer(
-            sae("relu"), rows(), options(), tmp_path, seed=5, data_seed=0,
+            sae("relu"), stored(), options(), tmp_path, seed=5, data_seed=0,
             device=torch.device(device), facts={},
         )  # fmt: skip
         initialise = trainer.sae.initialise
@@ -99,11 +110,11 @@ def test_the_input_scale_is_set_once(trainer, kind):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["relu", "topk"])
-def test_one_seed_one_start_on_every_device(kind, rows, options, sae, tmp_path):
+def test_one_seed_one_start_on_every_device(kind, stored, options, sae, tmp_path):
     starts = []
     for device in ("cpu", "cuda"):
         trainer = Trainer(
-            sae(kind), rows(), options(), tmp_path, seed=5, data_seed=0,
+            sae(kind), stored(), options(), tmp_path, seed=5, data_seed=0,
             device=torch.device(device), facts={},
         )  # fmt: skip
         trainer.initialise()
@@ -212,7 +223,7 @@ def test_it_is_saved_after_so_many_minutes(trainer, monkeypatch):
     saved = []
     run = trainer("relu", save_every=2.0)
     save = run.save
-    monkeypatch.setattr(run, "save", lambda: (saved.append(run.step), save())[1])
+    monkeypatch.setattr(run, "save", lambda *_: (saved.append(run.step), save())[1])
     run.run()
     # It is looked at once a step, and once more to note the time of a save.
     assert saved == [4, 8, 12, 16, 20]
@@ -322,7 +333,7 @@ def test_metrics_are_what_their_names_say(trainer, options, monkeypatch):
         silent = torch.where((acts != 0).any(0), 0, silent + 32)
         assert row["dead_fraction"] == pytest.approx(float((silent >= 96).float().mean()))
         # The whole batch in one piece, whatever the micro batch.
-        state = TrainState(silent * 0 > 1, schedules.warmup(t, 0.05 * 5))
+        state = TrainState(schedules.warmup(t, 0.05 * 5))
         loss = sae.loss(x, state)
         assert row["loss"] == pytest.approx(loss.total.item(), rel=1e-5)
         loss.total.backward()
@@ -373,9 +384,9 @@ def test_gradients_are_clipped_to_the_bound_and_logged_before(trainer, bound):
     ("kind", "sae"),
     [
         ("relu", {"loss_reduction": "sum"}), ("relu", {"loss_reduction": "mean"}),
-        ("topk", {"loss_reduction": "sum", "auxk_coefficient": 0.0}),
-        ("topk", {"loss_reduction": "mean", "auxk_coefficient": 0.0}),
-        ("topk", {"loss_reduction": "normalised", "auxk_coefficient": 0.0}),
+        ("topk", {"loss_reduction": "sum"}),
+        ("topk", {"loss_reduction": "mean"}),
+        ("topk", {"loss_reduction": "normalised"}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("micro", [1, 8, 16])
@@ -434,17 +445,17 @@ def test_nothing_that_diverged_is_saved_or_logged(trainer, monkeypatch):
     assert steps_of(run.run_dir) == [8, 9] and metrics(run)[-1]["step"] == 9
 
 
-def test_data_far_from_the_origin_is_no_divergence(trainer, rows):
+def test_data_far_from_the_origin_is_no_divergence(trainer, stored):
     """An initial error that is many times the variance, but not many times the activations."""
-    store = rows()
+    store = stored()
     store.x = 0.01 * store.x + 1000
     run = trainer("relu", store=store)
     run.run()
     assert metrics(run)[0]["fvu"] > 1e4
 
 
-def test_an_error_in_the_data_comes_out_of_the_loop(trainer, rows, monkeypatch):
-    store = rows()
+def test_an_error_in_the_data_comes_out_of_the_loop(trainer, stored, monkeypatch):
+    store = stored()
     monkeypatch.setattr(
         store, "window", lambda *_: (_ for _ in ()).throw(DataError("example 3 is NaN"))
     )
@@ -452,9 +463,9 @@ def test_an_error_in_the_data_comes_out_of_the_loop(trainer, rows, monkeypatch):
         trainer("relu", store=store).run()
 
 
-def test_no_more_is_read_than_is_used(trainer, rows):
+def test_no_more_is_read_than_is_used(trainer, stored):
     """With a stream, what is read ahead keeps the model busy when the evaluation wants it."""
-    store = rows(192)  # Three windows, one group, 6 batches.
+    store = stored(192)  # Three windows, one group, 6 batches.
     run = trainer("relu", store=store, n_tokens=192)
     store.n_read = 0
     run.run()

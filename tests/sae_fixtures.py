@@ -1,22 +1,21 @@
+"""SAEs from their YAML, rows to feed them, and a small training loop: for tests of SAEs."""
+
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from sae_runner.config import preset
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE, TrainState
 from sae_runner.statistics import ActivationStats
-
-CONFIGS = Path(__file__).parents[2] / "configs" / "sae"
+from sae_runner.training.dead_latents import DEAD_LATENTS
 
 
 def build(kind: str, d_in: int, d_sae: int, **options: Any) -> SAE:
     """An SAE from its YAML with a small k; options that its kind lacks are ignored."""
-    cfg = OmegaConf.load(CONFIGS / f"{kind}.yaml")
-    cfg.update({"d_sae": d_sae, "expansion": None})
+    cfg = preset("sae", kind) | {"d_sae": d_sae, "expansion": None}
     cfg.update({key: value for key, value in {"k": 3, **options}.items() if key in cfg})
     return SAES.build(cfg, d_in=d_in)
 
@@ -35,23 +34,27 @@ def planted_rows(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (active * (0.5 + torch.rand(n, 64, generator=generator))) @ directions, directions
 
 
-def train(sae: SAE, x: torch.Tensor, *, n_steps: int, n_faint: int, lr: float = 2e-3) -> None:
+def train(
+    sae: SAE, x: torch.Tensor, *, n_steps: int, n_faint: int, lr: float = 2e-3, strategy: Any = None
+) -> None:
     """The order of a training step, without a trainer; `n_faint` latents start unable to win."""
     generator = torch.Generator().manual_seed(0)
     sae.initialise(stats_of(x), generator)
     sae.W_enc_rows.detach()[:n_faint] *= 0.05
     optimiser = torch.optim.Adam(sae.parameters(), lr=lr)
-    silent = torch.zeros(sae.d_sae)
+    dead = DEAD_LATENTS.build(
+        {"type": "none"} if strategy is None else strategy, sae=sae, window=5_000
+    )
     for step in range(n_steps):
         batch = x[torch.randint(len(x), (256,), generator=generator)]
-        loss = sae.loss(batch, TrainState(silent > 5_000, min(1.0, step / 100)))
+        loss = dead.add_to(sae.loss(batch, TrainState(min(1.0, step / 100), step / n_steps)), batch)
         optimiser.zero_grad()
         loss.total.backward()
         sae.before_step()
         optimiser.param_groups[0]["lr"] = lr * min(1.0, 5 * (1 - step / n_steps))
         optimiser.step()
         sae.after_step()
-        silent = torch.where(loss.fired > 0, 0.0, silent + len(batch))
+        dead.update(loss.fired, len(batch))
 
 
 @pytest.fixture
@@ -92,9 +95,9 @@ def one_thread() -> Iterator[None]:
 def recovered(one_thread: None) -> Callable[..., float]:
     """Mean over planted directions of the best cosine with a decoder row, after training."""
 
-    def measure(sae: SAE, n_steps: int, n_faint: int = 0) -> float:
+    def measure(sae: SAE, n_steps: int, n_faint: int = 0, strategy: Any = None) -> float:
         x, directions = planted_rows(8_192)
-        train(sae, x, n_steps=n_steps, n_faint=n_faint)
+        train(sae, x, n_steps=n_steps, n_faint=n_faint, strategy=strategy)
         decoder = sae.W_dec.detach() / sae.W_dec.detach().norm(dim=1, keepdim=True)
         return (directions @ decoder.T).max(1).values.mean().item()
 

@@ -1,11 +1,17 @@
+import pytest
 import torch
 
-from sae_runner.training.dead_latents import DeadLatents
+from sae_runner.training.dead_latents.none import NoRevival
 
 
-def test_a_latent_is_dead_at_so_many_rows_of_silence_and_alive_when_it_fires():
+@pytest.fixture
+def counter(new):
+    return lambda d_sae, window: NoRevival(new("relu", 2, d_sae), window)
+
+
+def test_a_latent_is_dead_at_so_many_rows_of_silence_and_alive_when_it_fires(counter):
     """Window 10, four latents: one always fires, one once, one never, one again at last."""
-    dead = DeadLatents(4, 10, torch.device("cpu"))
+    dead = counter(4, 10)
     history = []
     for fired, n_rows in (
         ([4, 1, 0, 2], 4), ([3, 0, 0, 0], 4), ([1, 0, 0, 0], 1),
@@ -23,8 +29,8 @@ def test_a_latent_is_dead_at_so_many_rows_of_silence_and_alive_when_it_fires():
     ]
 
 
-def test_counts_do_not_wrap():
-    dead = DeadLatents(1, 3 * 10**9, torch.device("cpu"))
+def test_counts_do_not_wrap(counter):
+    dead = counter(1, 3 * 10**9)
     for _ in range(2):
         dead.update(torch.tensor([0]), 2 * 10**9)
     assert dead.rows_since_fired.tolist() == [4 * 10**9] and dead.dead.all()

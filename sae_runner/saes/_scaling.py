@@ -1,0 +1,58 @@
+"""How activations are brought to a standard size before the weights see them, and back."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_runner.statistics import ActivationStats
+
+InputScaling = Literal["none", "sqrt_d", "unit_mean_square", "layer_norm", "whitening"]
+EPSILON = 1e-5
+"""Added to the variance of a row, as layer norms do."""
+
+
+def factor(stats: ActivationStats, scaling: InputScaling, d: int) -> float:
+    """S with E‖s x‖ = √d (`sqrt_d`) or E‖s x‖² = 1 (`unit_mean_square`); 1 for all others."""
+    if scaling == "sqrt_d":
+        return float(d**0.5 / max(stats.mean_norm, 1e-12))
+    if scaling == "unit_mean_square":
+        return float(max(stats.mean_square_norm, 1e-24) ** -0.5)
+    return 1.0
+
+
+class Rows(NamedTuple):
+    """What layer norm takes out of each row."""
+
+    mean: Float[Tensor, "n 1"]
+    deviation: Float[Tensor, "n 1"]
+
+
+def rows_of(x: Float[Tensor, "n d"]) -> Rows:
+    """Mean and standard deviation (over d, not d − 1) of each row."""
+    mean = x.mean(1, keepdim=True)
+    return Rows(mean, ((x - mean).square().mean(1, keepdim=True) + EPSILON).sqrt())
+
+
+class Whitening(NamedTuple):
+    """z = (x − mean) forward, and x = z backward + mean."""
+
+    mean: Float[Tensor, " d"]
+    forward: Float[Tensor, "d d"]
+    backward: Float[Tensor, "d d"]
+
+
+def whitening_of(stats: ActivationStats, *, ridge: float = 1e-3) -> Whitening:
+    """The symmetric matrix that gives the sample's coordinates unit covariance (ZCA).
+
+    A = E (Λ + ridge · mean Λ)^(−1/2) Eᵀ of the covariance E Λ Eᵀ, in float64 on the CPU. The ridge
+    keeps directions without variance from being blown up.
+    """
+    mean = stats.mean.cpu().double()
+    deviations = stats.sample.cpu().double() - mean
+    covariance = deviations.T @ deviations / max(len(deviations), 1)
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(0)
+    root = (values + ridge * values.mean()).clamp_min(1e-24).sqrt()
+    return Whitening(mean, (vectors / root) @ vectors.T, (vectors * root) @ vectors.T)
