@@ -34,6 +34,7 @@ def save_checkpoint(
     *,
     state: dict[str, Any] | None = None,
     optimizer: dict[str, Tensor] | None = None,
+    inference: SAE | None = None,
 ) -> None:
     """Write a checkpoint folder atomically.
 
@@ -43,10 +44,11 @@ def save_checkpoint(
         facts: step, rows seen and origin, kept in cfg.json.
         state: JSON that a resume needs; None leaves `state/` out.
         optimizer: tensors that a resume needs.
+        inference: what to fold in place of `sae` (averaged weights, a threshold that is measured).
     """
     with files.atomic(folder) as temporary:
         temporary.mkdir()
-        folded = copy.deepcopy(sae).fold()
+        folded = copy.deepcopy(inference or sae).fold()
         files.write_tensors(temporary / "sae.safetensors", folded.tensors())
         hashes = {"sae.safetensors": files.sha256(temporary / "sae.safetensors")}
         if state is not None:
@@ -55,7 +57,7 @@ def save_checkpoint(
             files.write_tensors(temporary / "state" / "optimizer.safetensors", optimizer or {})
             for path in sorted((temporary / "state").iterdir()):
                 hashes[f"state/{path.name}"] = files.sha256(path)
-        cfg = {"schema": CHECKPOINT_SCHEMA, "sae": sae.config(), "d_in": sae.d_in, **facts}
+        cfg = {"schema": CHECKPOINT_SCHEMA, "sae": folded.config(), "d_in": sae.d_in, **facts}
         hashes["cfg.json"] = _hash_of(cfg)
         files.write_json(temporary / "cfg.json", {**cfg, "sha256": hashes})
 

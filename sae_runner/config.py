@@ -62,7 +62,8 @@ PATH_KEYS = ("path", "weights")
 RUNTIME_KEYS = frozenset({
     "model.site", "model.tokens", "model.batch_size", "dataset.workers", "dataset.max_bad",
     "store.prefetch", "store.verify",
-    "trainer.log_every", "trainer.save_every", "trainer.checkpoints", "trainer.keep_state",
+    "trainer.log_every", "trainer.save_every", "trainer.checkpoints", "trainer.checkpoint_spacing",
+    "trainer.checkpoint_interventions", "trainer.keep_state",
 })  # fmt: skip
 
 
@@ -238,6 +239,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return convert_union(value, arguments, key)
+    if origin is list and isinstance(value, list | tuple):
+        return [convert(item, arguments[0], key) for item in value]
     if origin is typing.Literal:
         if value not in arguments:
             raise ConfigError(
@@ -267,7 +270,8 @@ def convert_union(value: Any, members: tuple[Any, ...], key: str) -> Any:
         try:
             return convert(value, member, key)
         except ConfigError as error:
-            first = first or error
+            of_a_list = isinstance(value, list) and typing.get_origin(member) is list
+            first = error if of_a_list else first or error
     raise first or ConfigError(f"{key}={value}: no value is allowed here")
 
 

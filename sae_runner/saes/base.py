@@ -94,6 +94,10 @@ class SAE(nn.Module):
     """The `type:` it is registered under."""
     penalised: ClassVar[bool] = False
     """Whether a penalty leads to the L0, so that `target_l0` is reached by controlling it."""
+    stored_names: ClassVar[dict[str, str]] = {}
+    """Names on disk of weights that are published under another name than the base's."""
+    training_buffers: ClassVar[tuple[str, ...]] = ()
+    """Buffers that a resume needs and use does not: a folded SAE is stored without them."""
 
     def __init__(self, d_in: int, *, options: dict[str, Any], **common: Unpack[Common]) -> None:
         super().__init__()
@@ -105,10 +109,7 @@ class SAE(nn.Module):
         self.apply_b_dec_to_input = common["apply_b_dec_to_input"]
         self.decoder_norm, self.b_dec_init = common["decoder_norm"], common["b_dec_init"]
         self._check_options(common)
-        self.W_enc_rows = nn.Parameter(torch.empty(self.d_sae, d_in))
-        self.W_dec = nn.Parameter(torch.empty(self.d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.make_weights()
         self.register_buffer("input_scale", torch.ones(()))
         if self.loss_reduction == "normalised":
             self.register_buffer("mean_baseline_mse", torch.ones(()))
@@ -124,6 +125,13 @@ class SAE(nn.Module):
     input_mean: Tensor
     whitening: Tensor
     unwhitening: Tensor
+
+    def make_weights(self) -> None:
+        """Register the parameters; a kind whose weights are computed or tied has others."""
+        self.W_enc_rows = nn.Parameter(torch.empty(self.d_sae, self.d_in))
+        self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_in))
 
     def _check_options(self, common: Common) -> None:
         if common["decoder_norm"] == "unit" and common["decoder_init_norm"] != 1:
@@ -198,8 +206,12 @@ class SAE(nn.Module):
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> Latents:
         """The same latents, sparse; few rows at a time are ever dense."""
+        return Latents.concatenate([self.encode_chunk(part) for part in self.chunks(x)])
+
+    def chunks(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "m d_in"], ...]:
+        """Parts of x whose dense pre-activations fit in ENCODE_CHUNK_BYTES."""
         n_rows = max(1, ENCODE_CHUNK_BYTES // (self.d_sae * self.b_dec.element_size()))
-        return Latents.concatenate([self.encode_chunk(part) for part in torch.split(x, n_rows)])
+        return torch.split(x, n_rows)
 
     def encode_chunk(self, x: Float[Tensor, "n d_in"]) -> Latents:
         """Sparse latents of so few rows that [n, d_sae] fits; rows must not depend on others."""
@@ -365,8 +377,13 @@ class SAE(nn.Module):
     calibrates: ClassVar[bool] = False
     """Whether it has a threshold that `calibrate` must measure before it is saved."""
 
-    def calibrate(self, batches: Iterator[Float[Tensor, "n d_in"]]) -> None:
-        """Set what inference needs and training does not, from held-out rows."""
+    def calibrate(self, batches: Iterator[Float[Tensor, "n d_in"]], n_rows: int) -> float:
+        """Set what inference needs and training does not, from held-out rows; their mean L0 then.
+
+        At most `n_rows` come, which bounds what must be kept of them. It is called on the copy that
+        is saved for use.
+        """
+        raise NotImplementedError
 
     # -- Storing ---------------------------------------------------------------------------------
 
@@ -378,6 +395,8 @@ class SAE(nn.Module):
         s, which divides every pre-activation by s; decode multiplies it back. Whitening A goes
         into both matrices and leaves the latents as they are.
         """
+        for name in self.training_buffers:
+            self.register_buffer(name, getattr(self, name), persistent=False)
         if self.input_scaling == "whitening":
             self._transform(self.whitening, self.unwhitening)
             self.b_dec.add_(self.input_mean)
@@ -443,7 +462,10 @@ class SAE(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """What is written to disk: every weight, `W_enc` as [d_in, d_sae]."""
-        state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        state = {
+            self.stored_names.get(name, name): tensor.detach()
+            for name, tensor in self.state_dict().items()
+        }
         if "W_enc_rows" in state:
             state["W_enc"] = state.pop("W_enc_rows").T.contiguous()
         return state
@@ -456,6 +478,9 @@ class SAE(nn.Module):
             StoreError: a tensor is missing, surplus or of another shape.
         """
         own = self.tensors()
+        for name in self.training_buffers:
+            if name not in tensors:
+                own.pop(name, None)
         if wrong := sorted(own.keys() ^ tensors.keys()):
             what = "lacks" if wrong[0] in own else "has a surplus"
             raise StoreError(f"checkpoint of type {self.kind!r} {what} tensor {wrong[0]!r}")
@@ -464,8 +489,9 @@ class SAE(nn.Module):
                 found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
                 raise StoreError(f"checkpoint: {name} has shape {found}, expected {wanted}")
         for name, tensor in self.state_dict().items():
-            stored = tensors["W_enc"].T if name == "W_enc_rows" else tensors[name]
-            tensor.copy_(stored)
+            stored = "W_enc" if name == "W_enc_rows" else self.stored_names.get(name, name)
+            if stored in own:
+                tensor.copy_(tensors[stored].T if name == "W_enc_rows" else tensors[stored])
 
     def config(self) -> dict[str, Any]:
         """`type`, sizes and options: what `cfg.json` keeps and `SAES.build` takes."""

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sae_runner.config import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from sae_runner.config import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    ProperFraction,
+)
 from sae_runner.errors import ConfigError
 
 
@@ -27,8 +34,11 @@ class TrainOptions:
     n_calibration: int
     log_every: int
     save_every: float | None
-    checkpoints: int
+    checkpoints: int | list[int]
+    checkpoint_spacing: Literal["even", "exponential"]
+    checkpoint_interventions: bool
     keep_state: bool
+    ema: float | None
 
     @classmethod
     def from_config(
@@ -50,10 +60,14 @@ class TrainOptions:
         n_calibration: Positive,
         log_every: Positive,
         save_every: NonNegativeFloat | None,
-        checkpoints: NonNegative,
+        checkpoints: NonNegative | list[Positive],
+        checkpoint_spacing: Literal["even", "exponential"],
+        checkpoint_interventions: bool,
         keep_state: bool,
+        ema: ProperFraction | None,
     ) -> "TrainOptions":
         """Typed and in range; refuses what makes no step at all."""
+        values = {key: value for key, value in locals().items() if key != "cls"}
         if batch_size > n_tokens:
             raise ConfigError(
                 f"trainer.batch_size={batch_size}: more than trainer.n_tokens={n_tokens}"
@@ -63,8 +77,10 @@ class TrainOptions:
                 f"trainer.micro_batch_size={micro_batch_size}: must divide "
                 f"trainer.batch_size={batch_size}"
             )
-        values = dict(locals())
-        values.pop("cls")
+        n_steps = n_tokens // batch_size
+        for step in checkpoints if isinstance(checkpoints, list) else ():
+            if step > n_steps:
+                raise ConfigError(f"trainer.checkpoints={step}: there are only {n_steps} steps")
         return cls(**values)
 
     @property
@@ -73,6 +89,14 @@ class TrainOptions:
         return self.n_tokens // self.batch_size
 
     def checkpoint_steps(self) -> set[int]:
-        """Steps after which a checkpoint is kept: evenly spread; the last one comes always."""
-        n = self.checkpoints
-        return {round(self.n_steps * (i + 1) / (n + 1)) for i in range(n)} - {0}
+        """Steps after which a checkpoint is kept; the last one comes always.
+
+        So many of them, evenly spread or in equal ratios (dense early), or those that are listed.
+        """
+        if isinstance(self.checkpoints, list):
+            return set(self.checkpoints)
+        n, n_steps = self.checkpoints, self.n_steps
+        shares = [(i + 1) / (n + 1) for i in range(n)]
+        if self.checkpoint_spacing == "exponential":
+            return {round(n_steps**share) for share in shares} - {0, n_steps}
+        return {round(n_steps * share) for share in shares} - {0}

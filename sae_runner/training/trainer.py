@@ -3,9 +3,9 @@
 It knows the SAE's interface and a stream of batches, and no architecture by name.
 """
 
+import copy
 import itertools
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,13 +25,13 @@ from sae_runner.store.prefetch import Prefetched
 from sae_runner.training import schedules
 from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.dead_latents.base import DeadLatents
+from sae_runner.training.ema import AveragedWeights
+from sae_runner.training.guardrails import Guardrails
 from sae_runner.training.journal import Journal, LogSink
 from sae_runner.training.options import TrainOptions as TrainOptions
 from sae_runner.training.target_l0 import TargetL0
 
 log = logging.getLogger("sae_runner")
-DIVERGED = 1e4
-"""Squared error over squared norm of x: a reconstruction a hundred times too long is none."""
 RESAMPLE_SEED = 0x726573  # "res"
 
 
@@ -78,7 +78,11 @@ class Trainer:
         self.step, self.position = 0, Position()
         self.mean = torch.zeros(sae.d_in)
         self.journal = Journal(run_dir, options.batch_size, sinks)
+        self.guardrails = Guardrails(sae, options, self.lr, self.dead.revives)
         self.keep_at = options.checkpoint_steps()
+        if options.checkpoint_interventions:
+            self.keep_at |= self.dead.milestones(options.n_steps)
+        self.averaged: AveragedWeights | None = None
         self.saved_step, self.saved_at = 0, time.monotonic()
 
     # -- Where to start --------------------------------------------------------------------------
@@ -91,6 +95,11 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             self.sae.initialise(stats, generator)
+        self._begin_average()
+
+    def _begin_average(self) -> None:
+        if self.options.ema is not None:
+            self.averaged = AveragedWeights(self.sae, self.options.ema)
 
     def restore(
         self, state: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor]
@@ -100,6 +109,9 @@ class Trainer:
         self.saved_step = self.step
         self.sae.load_tensors(weights)
         self.dead.rows_since_fired.copy_(optimizer.pop("dead.rows_since_fired"))
+        self._begin_average()
+        if self.averaged is not None:
+            self.averaged.restore(optimizer)
         if self.target_l0 is not None:
             self.target_l0.restore(state["target_l0"])
         for name, parameter in self.sae.named_parameters():
@@ -171,8 +183,8 @@ class Trainer:
             self.journal.timings(self.step, wait_s)
         stopping = bool(stop)  # A signal that comes later waits for the next step.
         if self.step in self.keep_at or last or stopping or self.save_is_due():
-            self.check_sound(batch.x, loss, grad_norm)
-            self.save(wait_s)
+            self.guardrails.check_sound(self.step, batch.x.to(self.device), loss, grad_norm)
+            self.save(wait_s, l0=float(loss.l0))
         if stop is not None and (stopping or (last and stop)):
             self._interrupt(stop)
         return row
@@ -184,6 +196,8 @@ class Trainer:
         rows = (batch.x.to(self.device) for batch in shuffled)
         generator = torch.Generator().manual_seed(self.seed + seed)
         n_dead = int(self.dead.dead.sum())
+        if self.sae.calibrates:  # Now, whenever it was last saved: what is drawn rests on its map.
+            self.calibrate(self.sae)
         self.dead.intervene(rows, self.optimizer, generator)
         self.sae.after_step()
         log.info("step %d: %d dead latents pointed at badly reconstructed rows", self.step, n_dead)
@@ -226,6 +240,8 @@ class Trainer:
         )
         self.optimizer.step()
         sae.after_step()
+        if self.averaged is not None:
+            self.averaged.update(sae)
         whole = _merged(losses)
         self.dead.update(whole.fired, len(x))
         if self.target_l0 is not None:
@@ -252,39 +268,32 @@ class Trainer:
         }
         if self.target_l0 is not None:
             row["penalty_factor"] = self.target_l0.factor
-        self.check_sound(x, loss, grad_norm)
+        self.guardrails.check_sound(self.step, x, loss, grad_norm)
+        self.guardrails.look(self.step, loss, self.dead.dead)
         self.journal.metrics(row)
         return row
-
-    def check_sound(self, x: Tensor, loss: Loss, grad_norm: Tensor) -> None:
-        """Refuse to log or save a step of a training that went astray.
-
-        Raises:
-            ConfigError: the loss or its gradient is not finite, or the reconstruction is absurd.
-        """
-        x = x.to(self.device)
-        size = x.square().sum().clamp_min(1e-12)
-        found = {
-            "loss": float(loss.total),
-            "grad_norm": float(grad_norm),
-            "squared error / squared norm": float((x - loss.x_hat).square().sum() / size),
-        }
-        found |= {name: float(p.detach().sum()) for name, p in self.sae.named_parameters()}
-        limits = {"squared error / squared norm": DIVERGED}
-        for name, value in found.items():
-            if not abs(value) < limits.get(name, math.inf):
-                raise ConfigError(
-                    f"training diverged at step {self.step}: {name} is {value:.3g}; lower "
-                    f"trainer.lr ({self.lr:.2g}) or trainer.clip_grad_norm "
-                    f"({self.options.clip_grad_norm}); the last checkpoint stays"
-                )
 
     def save_is_due(self) -> bool:
         """Whether a kill would now cost more than `save_every` minutes."""
         minutes = self.options.save_every
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
-    def save(self, wait_s: float = 0.0) -> None:
+    def for_inference(self, l0: float | None = None) -> SAE:
+        """A copy of the SAE as it is to be used: averaged, with its threshold measured."""
+        sae = copy.deepcopy(self.sae) if self.averaged is None else self.averaged.applied(self.sae)
+        if sae.calibrates:
+            found = self.calibrate(sae)
+            if l0 is not None:
+                self.guardrails.compare_l0(self.step, l0, found)
+        return sae
+
+    def calibrate(self, sae: SAE) -> float:
+        """Measure the threshold of `sae` on held-out rows; their mean L0 with it."""
+        n = self.options.n_calibration
+        heldout = self.store.rows("heldout", self.options.batch_size, n)
+        return sae.calibrate((rows.x.to(self.device) for rows in heldout), n)
+
+    def save(self, wait_s: float = 0.0, l0: float | None = None) -> None:
         """Write a checkpoint, then remove those that neither `checkpoints` nor a resume needs.
 
         While training goes on the one before is kept too, should the newest turn out damaged.
@@ -296,13 +305,12 @@ class Trainer:
         if self.target_l0 is not None:
             state["target_l0"] = self.target_l0.state()
         tensors = {"dead.rows_since_fired": self.dead.rows_since_fired}
+        if self.averaged is not None:
+            tensors |= self.averaged.tensors()
         for name, parameter in self.sae.named_parameters():
             for slot, value in self.optimizer.state[parameter].items():
                 tensors[f"{name}/{slot}"] = value
         folder = self.run_dir / "checkpoints" / f"step_{self.step:08d}"
-        if self.sae.calibrates:
-            rows = self.store.rows("heldout", self.options.batch_size, self.options.n_calibration)
-            self.sae.calibrate(stored.x.to(self.device) for stored in rows)
         keep_state = not last or self.options.keep_state
         save_checkpoint(
             folder,
@@ -310,6 +318,7 @@ class Trainer:
             {**self.facts, "step": self.step, "n_tokens": self.step * self.options.batch_size},
             state=state if keep_state else None,
             optimizer=tensors if keep_state else None,
+            inference=self.for_inference(l0),
         )
         kept = self.keep_at | {self.step}
         if not last:

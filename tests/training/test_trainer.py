@@ -32,6 +32,7 @@ KINDS = {
         },
     },
     "target": {"kind": "relu", "sae": {"target_l0": 3.0}},
+    "ema": {"kind": "topk", "ema": 0.9},
     "micro": {"kind": "relu", "micro_batch_size": 8},
     "bf16": {"kind": "topk", "precision": "bf16"},
     "no clipping": {"kind": "relu", "clip_grad_norm": None},
@@ -223,7 +224,7 @@ def test_it_is_saved_after_so_many_minutes(trainer, monkeypatch):
     saved = []
     run = trainer("relu", save_every=2.0)
     save = run.save
-    monkeypatch.setattr(run, "save", lambda *_: (saved.append(run.step), save())[1])
+    monkeypatch.setattr(run, "save", lambda *_, **__: (saved.append(run.step), save())[1])
     run.run()
     # It is looked at once a step, and once more to note the time of a save.
     assert saved == [4, 8, 12, 16, 20]

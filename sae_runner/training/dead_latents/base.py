@@ -1,6 +1,7 @@
 """Which latents have stopped firing, counted in rows (tokens), and what a strategy may do then."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -14,6 +15,9 @@ class DeadLatents:
 
     A strategy adds a term to the loss, or steps in at certain steps, or both.
     """
+
+    revives: ClassVar[bool] = True
+    """Whether a dead latent may come back."""
 
     def __init__(self, sae: SAE, window: int) -> None:
         self.sae, self.window = sae, window
@@ -51,6 +55,10 @@ class DeadLatents:
         generator: torch.Generator,
     ) -> None:
         """Change weights by what shuffled training rows show."""
+
+    def milestones(self, n_steps: int) -> set[int]:
+        """Steps whose checkpoints show what `intervene` did: before it, and when it has settled."""
+        return set(self.steps(n_steps))
 
     def lr_factor(self, step: int, n_steps: int) -> float:
         """Factor on the learning rate, of a warm-up after `intervene`."""

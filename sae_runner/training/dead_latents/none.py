@@ -9,5 +9,7 @@ from sae_runner.training.dead_latents.base import DeadLatents
 class NoRevival(DeadLatents):
     """The counter alone."""
 
+    revives = False
+
     def __init__(self, sae: SAE, window: int) -> None:
         super().__init__(sae, window)

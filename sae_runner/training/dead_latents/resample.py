@@ -53,6 +53,12 @@ class Resample(DeadLatents):
         since = min((step - s for s in self.steps(n_steps) if step >= s), default=None)
         return 1.0 if since is None or length < 1 else min(1.0, (since + 1) / length)
 
+    def milestones(self, n_steps: int) -> set[int]:
+        """Before each resampling, and after its re-warm-up."""
+        length = round(self.lr_warmup * n_steps)
+        steps = self.steps(n_steps)
+        return {*steps, *(s + length for s in steps if length and s + length < n_steps)}
+
     @torch.no_grad()
     def intervene(
         self,

@@ -1,0 +1,82 @@
+import logging
+
+import pytest
+import torch
+
+from sae_runner.errors import ConfigError
+from sae_runner.training.guardrails import Guardrails
+
+
+@pytest.fixture
+def guarded(make, options):
+    def build(revives=True, kind="relu"):
+        sae = make(kind)
+        return sae, Guardrails(sae, options(), 3e-3, revives)
+
+    return build
+
+
+def loss_of(sae, rows, total):
+    from sae_runner.saes.base import TrainState
+
+    return sae.loss(rows(10), TrainState())._replace(total=torch.tensor(total))
+
+
+@pytest.fixture
+def rows():
+    return lambda n: torch.randn(n, 8, generator=torch.Generator().manual_seed(3))
+
+
+ALIVE, DEAD = torch.zeros(24, dtype=torch.bool), torch.ones(24, dtype=torch.bool)
+
+
+def test_an_exploding_loss_is_said_once(guarded, rows, caplog):
+    sae, guard = guarded()
+    with caplog.at_level(logging.WARNING):
+        for step, total in enumerate((5.0, 1.0, 99.0)):
+            guard.look(step, loss_of(sae, rows, total), ALIVE)
+        assert caplog.text == ""
+        for step, total in enumerate((101.0, 500.0)):
+            guard.look(step, loss_of(sae, rows, total), ALIVE)
+    assert len(caplog.records) == 1
+    assert "101 times its least; lower trainer.lr (0.003)" in caplog.text
+
+
+def test_all_dead_is_the_end_unless_something_revives(guarded, rows, caplog):
+    sae, guard = guarded(revives=False)
+    almost = DEAD.clone()
+    almost[3] = False
+    guard.look(7, loss_of(sae, rows, 1.0), almost)
+    with pytest.raises(ConfigError, match=r"step 7: all 24 latents are dead; .*dead_latents=resa"):
+        guard.look(7, loss_of(sae, rows, 1.0), DEAD)
+    sae, guard = guarded(revives=True)
+    for _ in range(2):
+        guard.look(7, loss_of(sae, rows, 1.0), DEAD)
+    assert caplog.text.count("all 24 latents are dead") == 1
+
+
+def test_a_threshold_that_never_moves_is_said(guarded, rows, caplog, monkeypatch):
+    sae, guard = guarded()
+    threshold = torch.full((24,), 0.1, requires_grad=True)
+    monkeypatch.setattr(sae, "thresholds", lambda latents: 1 * threshold[latents])
+    guard.look(0, loss_of(sae, rows, 1.0), ALIVE)
+    guard.look(2, loss_of(sae, rows, 1.0), ALIVE)  # A tenth of the 20 steps: too early to tell.
+    assert caplog.text == ""
+    guard.look(3, loss_of(sae, rows, 1.0), ALIVE)
+    assert "no threshold has moved" in caplog.text
+    caplog.clear()
+    sae, guard = guarded()
+    monkeypatch.setattr(sae, "thresholds", lambda latents: 1 * threshold[latents])
+    guard.look(0, loss_of(sae, rows, 1.0), ALIVE)
+    with torch.no_grad():
+        threshold[5] *= 1.01
+    guard.look(19, loss_of(sae, rows, 1.0), ALIVE)
+    assert caplog.text == ""
+
+
+def test_two_l0_apart_are_said(guarded, caplog):
+    _, guard = guarded()
+    guard.compare_l0(5, 32.0, 33.0)
+    assert caplog.text == ""
+    guard.compare_l0(5, 32.0, 50.0)
+    assert "L0 is 32 in training and 50 at inference" in caplog.text
