@@ -14,9 +14,10 @@ from sae_runner.training.dead_latents import DEAD_LATENTS
 
 
 def build(kind: str, d_in: int, d_sae: int, **options: Any) -> SAE:
-    """An SAE from its YAML with a small k; options that its kind lacks are ignored."""
+    """An SAE from its YAML with a small k, in any units; what its kind lacks is ignored."""
     cfg = preset("sae", kind) | {"d_sae": d_sae, "expansion": None}
-    cfg.update({key: value for key, value in {"k": 3, **options}.items() if key in cfg})
+    small = {"k": 3, "n_candidates": 32, "units": None, **options}
+    cfg.update({key: value for key, value in small.items() if key in cfg})
     return SAES.build(cfg, d_in=d_in)
 
 
@@ -69,6 +70,8 @@ def make() -> Callable[..., SAE]:
         with torch.no_grad():  # Biases that are not zero, so that tests see where they enter.
             sae.b_enc.copy_(0.1 * torch.randn(d_sae, generator=generator))
             sae.b_dec.add_(0.1 * torch.randn(d_in, generator=generator))
+        if sae.calibrates:
+            sae.calibrate(iter([x]), len(x))
         return sae
 
     return initialised

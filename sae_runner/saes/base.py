@@ -92,8 +92,10 @@ class SAE(nn.Module):
 
     kind: ClassVar[str]
     """The `type:` it is registered under."""
-    penalised: ClassVar[bool] = False
+    penalised: bool = False
     """Whether a penalty leads to the L0, so that `target_l0` is reached by controlling it."""
+    resampling_refused: ClassVar[str] = ""
+    """Why its latents cannot be pointed at chosen directions, if they cannot."""
     stored_names: ClassVar[dict[str, str]] = {}
     """Names on disk of weights that are published under another name than the base's."""
     training_buffers: ClassVar[tuple[str, ...]] = ()
@@ -164,7 +166,7 @@ class SAE(nn.Module):
         x = x.to(self.b_dec.dtype)
         if self.input_scaling == "layer_norm":
             rows = _scaling.rows_of(x)
-            return (x - rows.mean) / rows.deviation
+            return (x - rows.mean) / (rows.deviation + _scaling.EPSILON)
         if self.input_scaling == "whitening":
             return (x - self.input_mean) @ self.whitening
         return x * self.input_scale
