@@ -1,0 +1,147 @@
+"""ReLU SAE with p-annealing (Karvonen et al. 2024, arXiv 2408.00113)."""
+
+from typing import ClassVar, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_runner.config import Fraction, NonNegativeFloat, Positive, PositiveFloat
+from sae_runner.errors import ConfigError
+from sae_runner.saes import SAES
+from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
+
+N_RECORDED = 10
+"""Steps whose mean keeps the penalty continuous where p changes."""
+
+
+@SAES.register("p_anneal")
+class PAnneal(SAE):
+    """Rectified pre-activations under a penalty that comes nearer to counting them.
+
+        f = ReLU((s x − b_dec) W_enc + b_enc),    x_hat = (f W_dec + b_dec) / s,
+        S_p = mean over rows of Σ_i (f_i + ε)^p − ε^p
+
+    with decoder rows of norm 1. p is `p_start` until `anneal_start` (a share of training) and takes
+    `n_p` evenly spaced values, the last of them `p_end`, each for an equal part of the rest. Where
+    it changes λ is multiplied by mean S_p,old / mean S_p,new of the last 10 steps. ε is not in the
+    paper: without it the gradient at a latent that barely fires has no bound if p < 1; with it, it
+    has p ε^(p−1). Latents that are 0 add nothing.
+
+    Raises:
+        ConfigError: p is to grow.
+    """
+
+    kind = "p_anneal"
+    penalised = True
+    training_buffers: ClassVar[tuple[str, ...]] = ("p_index", "p_scale", "recorded")
+
+    def __init__(
+        self,
+        d_in: int,
+        *,
+        sparsity_coefficient: NonNegativeFloat,
+        p_start: PositiveFloat,
+        p_end: PositiveFloat,
+        n_p: Positive,
+        anneal_start: Fraction,
+        epsilon: PositiveFloat,
+        **common: Unpack[Common],
+    ) -> None:
+        if p_end > p_start:
+            raise ConfigError(f"sae.p_end={p_end:g}: must be <= p_start={p_start:g}")
+        options = {
+            "sparsity_coefficient": sparsity_coefficient, "p_start": p_start, "p_end": p_end,
+            "n_p": n_p, "anneal_start": anneal_start, "epsilon": epsilon,
+        }  # fmt: skip
+        super().__init__(d_in, options=options, **common)
+        self.sparsity_coefficient, self.epsilon = sparsity_coefficient, epsilon
+        self.p_start, self.p_end, self.n_p = p_start, p_end, n_p
+        self.anneal_start = anneal_start
+        self.register_buffer("p_index", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("p_scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("recorded", torch.zeros(N_RECORDED, 2, dtype=torch.float32))
+        self._progress, self._n_rows = -1.0, 0
+        """Of the step whose batches are being added up; 0 rows: none."""
+        self._sums = torch.zeros(2)
+
+    p_index: Tensor
+    """Which value of p is in use."""
+    p_scale: Tensor
+    """Product of the ratios that λ was multiplied by."""
+    recorded: Tensor
+    """S_p of the last steps with the p in use, and with the next; rows of 0 are still to come."""
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """See `SAE.encode`."""
+        return self.pre_activations(self.scaled(x)).relu()
+
+    def index_at(self, progress: float) -> int:
+        """The number of the value of p at this share of the steps."""
+        share = (progress - self.anneal_start) / max(1 - self.anneal_start, 1e-9)
+        return min(max(int(share * self.n_p + 1e-9), 0), self.n_p - 1)
+
+    def p_of(self, index: int) -> float:
+        """The value of p with this number, or the last."""
+        share = min(index, self.n_p - 1) / max(self.n_p - 1, 1)
+        return self.p_start + (self.p_end - self.p_start) * share
+
+    def power_sum(self, acts: Float[Tensor, "n d_sae"], p: float) -> Float[Tensor, ""]:
+        """S_p of latents; by decoder norms where those are free."""
+        if self.decoder_norm == "free":
+            acts = acts * self.W_dec.norm(dim=1)
+        if p == 1:
+            return acts.sum() / len(acts)
+        powers: Tensor = (acts + self.epsilon).pow(p) - self.epsilon**p
+        return powers.sum() / len(acts)
+
+    def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
+        """`squared error + λ S_p` on scaled activations."""
+        scaled = self.scaled(x)
+        acts = self.pre_activations(scaled).relu()
+        x_hat = acts @ self.W_dec + self.b_dec
+        index = self.index_at(state.progress)
+        self._take_up(index)
+        p = self.p_of(index)
+        power_sum = self.power_sum(acts, p)
+        with torch.no_grad():
+            following = self.power_sum(acts, self.p_of(index + 1))
+            self._note(state.progress, torch.stack([power_sum, following]), len(x))
+        coefficient = self.sparsity_coefficient * state.penalty
+        loss = self.loss_of(
+            x, scaled, x_hat, count_active(acts), sparsity=(coefficient, self.p_scale * power_sum)
+        )
+        return loss._replace(parts={**loss.parts, "p": x_hat.new_tensor(p)})
+
+    @torch.no_grad()
+    def _take_up(self, index: int) -> None:
+        """Go over to a value of p; without a branch, which would wait for the device."""
+        changed = self.p_index != index
+        old, new = self.recorded.sum(0)
+        self.p_scale.mul_(torch.where(changed & (new > 0), old / new, 1))
+        self.recorded.mul_(~changed)
+        self.p_index.fill_(index)
+
+    def _note(self, progress: float, sums: Float[Tensor, " 2"], n_rows: int) -> None:
+        """Add up what the parts of a batch say; `after_step` counts them as one step."""
+        if progress != self._progress or self._n_rows == 0:
+            self._progress, self._n_rows, self._sums = progress, 0, torch.zeros_like(sums)
+        self._sums = self._sums + n_rows * sums
+        self._n_rows += n_rows
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """See `SAE.after_step`."""
+        super().after_step()
+        if self._n_rows:
+            latest = (self._sums / self._n_rows).to(self.recorded).unsqueeze(0)
+            self.recorded.copy_(torch.cat([self.recorded[1:], latest]))
+            self._n_rows = 0
+
+    @torch.no_grad()
+    def fold(self) -> SAE:
+        """See `SAE.fold`; free decoder norms go into the encoder."""
+        super().fold()
+        if self.decoder_norm == "free":
+            self.move_norms()
+        return self
