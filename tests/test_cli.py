@@ -158,6 +158,16 @@ def test_checkpoint_of_another_width(finished_run, in_process, capfd):
     assert "its d_in is 64, this run's is 32" in one_line(capfd.readouterr().err)
 
 
+def test_what_a_saved_sae_lacks_for_training_is_named(in_process, capfd, tmp_path):
+    words = [w for w in QUICK if not w.startswith("sae=")]
+    words += ["sae=archetypal", "sae.n_candidates=64", "run_name=first"]
+    assert in_process("train", *words) == 0
+    capfd.readouterr()
+    start = f"init_from={tmp_path}/outputs/train/first"
+    assert in_process("train", *words, "run_name=second", start) == 2
+    assert "lacks 'mixture', which training needs" in one_line(capfd.readouterr().err)
+
+
 def test_damaged_checkpoint_is_named(finished_run, in_process, capfd):
     weights = next(finished_run.glob("checkpoints/*/sae.safetensors"))
     data = bytearray(weights.read_bytes())

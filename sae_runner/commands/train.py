@@ -185,6 +185,12 @@ def check_start(source: str, pipeline: Pipeline) -> Path:
     ):
         if found != wanted:
             raise ConfigError(f"init_from={source}: its {what} is {found}, this run's is {wanted}")
+    with torch.device("meta"):
+        held = dict(build_sae(facts).named_parameters())
+    if lacking := [name for name, _ in sae.named_parameters() if name not in held]:
+        raise ConfigError(
+            f"init_from={source}: what is saved for use lacks {lacking[0]!r}, which training needs"
+        )
     return folder
 
 

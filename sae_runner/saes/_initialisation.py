@@ -30,3 +30,24 @@ def geometric_median(
         if step <= tolerance * typical:
             break
     return centre
+
+
+@torch.no_grad()
+def k_means(
+    x: Float[Tensor, "n d"], n_centres: int, generator: torch.Generator, *, iterations: int = 20
+) -> Float[Tensor, "m d"]:
+    """Centres of the rows by Lloyd's iteration, from as many rows drawn at random.
+
+    A centre that no row is nearest to stays where it is.
+    """
+    drawn = torch.randperm(len(x), generator=generator, device=generator.device)[:n_centres]
+    centres = x[drawn.to(x.device)]
+    for _ in range(iterations):
+        nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in torch.split(x, 4096)])
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        counts = torch.bincount(nearest, minlength=n_centres).unsqueeze(1)
+        moved = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres

@@ -38,6 +38,8 @@ class Resample(DeadLatents):
         lr_warmup: Fraction,
     ) -> None:
         super().__init__(sae, window)
+        if sae.resampling_refused:
+            raise ConfigError(f"sae/dead_latents=resample: {sae.resampling_refused}")
         if not at:
             raise ConfigError("sae.dead_latents.at=[]: needs a share of training; or take none")
         self.at, self.n_rows = sorted(at), n_rows
