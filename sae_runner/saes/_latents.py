@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 
@@ -21,10 +21,27 @@ class Latents:
     @classmethod
     def from_dense(cls, acts: Float[Tensor, "n d_sae"]) -> "Latents":
         """The non-zero entries of dense latents."""
-        rows, indices = acts.nonzero(as_tuple=True)
-        counts = torch.bincount(rows, minlength=len(acts))
+        return cls.where(acts != 0, acts)
+
+    @classmethod
+    def where(cls, active: Bool[Tensor, "n d_sae"], acts: Float[Tensor, "n d_sae"]) -> "Latents":
+        """The entries of `acts` at which `active` is true."""
+        rows, indices = active.nonzero(as_tuple=True)
+        return cls.from_entries(rows, indices, acts[rows, indices], *active.shape)
+
+    @classmethod
+    def from_entries(
+        cls,
+        rows: Int64[Tensor, " nnz"],
+        indices: Int64[Tensor, " nnz"],
+        values: Float[Tensor, " nnz"],
+        n: int,
+        d_sae: int,
+    ) -> "Latents":
+        """Entries of n rows, in the order of rows, and of latents within each."""
+        counts = torch.bincount(rows, minlength=n)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(offsets, indices, acts[rows, indices], acts.shape[1])
+        return cls(offsets, indices, values, d_sae)
 
     @classmethod
     def from_topk(

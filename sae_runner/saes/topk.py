@@ -31,6 +31,7 @@ class TopK(SAE):
     """
 
     kind = "topk"
+    pre_act_refused = "a latent fires by being among the k largest, not by passing a threshold"
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class TopK(SAE):
         """The reduced squared error on scaled activations, plus that with 4 k latents."""
         scaled = self.scaled(x)
         pre_acts = self.pre_activations(scaled)
-        k = annealed(self.k, self.k_start, self.k_anneal, state.progress)
+        k = round(annealed(self.k, self.k_start, self.k_anneal, state.progress))
         values, indices = self.choose(pre_acts, k)
         x_hat = sum_rows(self.W_dec, indices, values) + self.b_dec
         terms = {}
@@ -100,24 +101,34 @@ class TopK(SAE):
 
 
 def chosen_k(d_in: int, k: int, k_start: int | None, common: Common) -> int:
-    """k, or the target L0, which is the same by the name that every kind accepts.
+    """See `k_or_target`; a row can only have a whole number of latents.
 
     Raises:
         ConfigError: it is no whole number, or larger than d_sae.
     """
-    n_latents = width(d_in, common["d_sae"], common["expansion"])
     target = common["target_l0"]
     if target is not None and not float(target).is_integer():
         raise ConfigError(f"sae.target_l0={target:g}: k is a whole number here")
-    chosen = k if target is None else int(target)
+    return int(k_or_target(d_in, k, k_start, common))
+
+
+def k_or_target(d_in: int, k: float, k_start: float | None, common: Common) -> float:
+    """k, or the target L0, which is the same by the name that every kind accepts.
+
+    Raises:
+        ConfigError: it, or where it starts, is larger than d_sae.
+    """
+    n_latents = width(d_in, common["d_sae"], common["expansion"])
+    target = common["target_l0"]
+    chosen = k if target is None else target
     for key, number in (("k" if target is None else "target_l0", chosen), ("k_start", k_start)):
         if number is not None and number > n_latents:
-            raise ConfigError(f"sae.{key}={number}: must be <= d_sae={n_latents}")
+            raise ConfigError(f"sae.{key}={number:g}: must be <= d_sae={n_latents}")
     return chosen
 
 
-def annealed(k: int, start: int | None, share: float, progress: float) -> int:
+def annealed(k: float, start: float | None, share: float, progress: float) -> float:
     """K at this point of training: linear from `start` to `k` over the first `share` of it."""
     if start is None or progress >= share:
         return k
-    return round(start + (k - start) * progress / share)
+    return start + (k - start) * progress / share

@@ -25,13 +25,28 @@ KINDS = {
         "dead_latents": {"type": "auxk", "coefficient": 1.0, "k_aux": None},
     },
     "resample": {
-        "kind": "relu", "sae": {"l1_coefficient": 3.0}, "dead_window": 64,
-        "dead_latents": {
+        "kind": "relu", "sae": {"l1_coefficient": 10.0}, "dead_window": 32, "lr": 1e-2,
+        "penalty_warmup": 0.0, "dead_latents": {
             "type": "resample", "at": [0.25, 0.6], "n_rows": 200, "encoder_norm": 0.2,
             "lr_warmup": 0.1,
         },
     },
     "target": {"kind": "relu", "sae": {"target_l0": 3.0}},
+    "batch_topk": {
+        "kind": "batch_topk", "sae": {"k": 2.5, "k_start": 6.0, "k_anneal": 0.5}, "dead_window": 64,
+        "dead_latents": {"type": "auxk", "coefficient": 1.0, "k_aux": None},
+    },
+    "matryoshka": {
+        "kind": "matryoshka", "dead_window": 64,
+        "dead_latents": {"type": "auxk", "coefficient": 1.0, "k_aux": None},
+    },
+    "threshold and resample": {
+        "kind": "batch_topk", "sae": {"k": 0.5}, "dead_window": 64,
+        "dead_latents": {
+            "type": "resample", "at": [0.25, 0.6], "n_rows": 200, "encoder_norm": 0.2,
+            "lr_warmup": 0.1,
+        },
+    },
     "ema": {"kind": "topk", "ema": 0.9},
     "micro": {"kind": "relu", "micro_batch_size": 8},
     "bf16": {"kind": "topk", "precision": "bf16"},
@@ -142,22 +157,25 @@ def test_going_on_from_any_checkpoint_ends_with_the_same_bits(trainer, options):
     whole.run()
     expected, folders = results(whole.run_dir), step_dirs(whole.run_dir)
     assert [int(folder.name[5:]) for folder in folders] == [3, 7, 10, 13, 17, 20]
-    if options is KINDS["auxk"]:  # Some are dead, others not, when it goes on.
-        assert 0.1 < metrics(whole)[9]["dead_fraction"] < 0.9
+    if options in (KINDS["auxk"], KINDS["resample"], KINDS["threshold and resample"]):
+        # Some are dead, others not, when it goes on, and when latents are resampled.
+        assert 0.1 < metrics(whole)[11]["dead_fraction"] < 0.9
     for folder in folders[:-1:2]:
         name = f"from-{folder.name}"
-        again = trainer(name=name, initialise=False, seed=99, **options)
+        again = trainer(name=name, initialise=False, **options)
         shutil.copy(whole.run_dir / "metrics.jsonl", again.run_dir)
         again.restore(*load_state(folder))
         again.run()
         assert results(again.run_dir) == expected
 
 
-def test_when_and_how_often_it_is_saved_changes_nothing(trainer):
-    plain = trainer("topk", "plain")
+@pytest.mark.parametrize("kind", ["topk", "threshold and resample"])
+def test_when_and_how_often_it_is_saved_changes_nothing(trainer, kind):
+    """A threshold is measured at each save, and must teach training nothing."""
+    plain = trainer(name="plain", **KINDS[kind])
     plain.run()
     for name, options in (("often", {"save_every": 0}), ("kept", {"checkpoints": 7})):
-        other = trainer("topk", name, **options)
+        other = trainer(name=name, **KINDS[kind], **options)
         other.run()
         assert results(other.run_dir) == results(plain.run_dir)
 
@@ -173,6 +191,32 @@ def test_lines_beyond_the_checkpoint_and_torn_ones_are_forgotten(trainer):
     assert path.read_text() == "".join(text.splitlines(keepends=True)[:10])
     timings = (whole.run_dir / "timings.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in timings] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka"])
+def test_what_is_saved_has_the_l0_that_was_asked_for(trainer, kind):
+    run = trainer(kind, sae={"k": 2.5}, checkpoints=1)
+    run.run()
+    for folder in step_dirs(run.run_dir):
+        l0 = load_sae(folder).encode_sparse(run.store.x).counts.double().mean().item()
+        assert l0 == pytest.approx(2.5, abs=2 / 500)
+    assert metrics(run)[-1]["l0"] == 2.5
+    # The threshold is of what is saved, not of what is trained.
+    assert run.sae.threshold == 0
+
+
+def test_resampling_looks_at_rows_through_the_threshold_of_that_step(trainer):
+    run = trainer(**KINDS["threshold and resample"])
+    seen, intervene = [], run.dead.intervene
+
+    def watched(*arguments):
+        l0 = run.sae.encode_sparse(run.store.x).counts.double().mean().item()
+        seen.append((run.step, round(l0, 3)))
+        intervene(*arguments)
+
+    run.dead.intervene = watched
+    run.run()
+    assert seen == [(5, 0.5), (12, 0.5)]
 
 
 # -- What is saved -------------------------------------------------------------------------------
