@@ -20,6 +20,8 @@ from torch import Tensor
 
 from sae_runner import files
 from sae_runner.errors import StoreError
+from sae_runner.interchange import FORMATS, _hub, recognise
+from sae_runner.interchange.base import weights_hash
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
 
@@ -78,11 +80,15 @@ def step_dirs(run_dir: Path) -> list[Path]:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that a path means: itself, or the last sound one of a run directory.
 
+    It may be another library's folder, and `hf:org/repo/path` one on the hub.
+
     Raises:
         StoreError: there is none.
     """
-    given, path = path, Path(path).expanduser().absolute()
-    if (path / "cfg.json").is_file():
+    given = path
+    is_remote = str(path).startswith(_hub.PREFIX)
+    path = _hub.fetch(str(path)) if is_remote else Path(path).expanduser().absolute()
+    if (path / "cfg.json").is_file() or recognise(path):
         return path
     for folder in reversed(step_dirs(path)):
         try:
@@ -99,9 +105,16 @@ def find_checkpoint(path: str | Path) -> Path:
 def read_facts(folder: Path) -> dict[str, Any]:
     """cfg.json of a checkpoint, after every file in it was compared with its hash.
 
+    Of another library's folder: what such a file would say of it, with `format` and its origin.
+
     Raises:
-        StoreError: a file is absent or damaged, or another tool wrote it.
+        StoreError: a file is absent or damaged, or no known tool wrote it.
     """
+    if known := recognise(folder):
+        sae, origin = known.read(folder)
+        return {"sae": sae.config(), "d_in": sae.d_in, "step": 0, "n_tokens": 0,
+                "format": known.name, "origin": origin._asdict(),
+                "sha256": {"sae.safetensors": weights_hash(folder, known)}}  # fmt: skip
     try:
         facts: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
     except FileNotFoundError:
@@ -110,7 +123,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise StoreError(f"checkpoint {folder} is damaged: cfg.json: {error}") from None
     schema = facts.get("schema") if isinstance(facts, dict) else type(facts).__name__
     if schema != CHECKPOINT_SCHEMA:
-        raise StoreError(f"checkpoint {folder}: schema {schema!r}, expected {CHECKPOINT_SCHEMA!r}")
+        raise StoreError(
+            f"checkpoint {folder}: schema {schema!r}, expected {CHECKPOINT_SCHEMA!r}, or a folder "
+            f"of {', '.join(FORMATS.names())}"
+        )
     if not isinstance(facts.get("sha256"), dict):
         raise StoreError(f"checkpoint {folder} is damaged: cfg.json lacks its hashes")
     for name, expected in facts["sha256"].items():
@@ -126,7 +142,8 @@ def load_sae(path: str | Path) -> SAE:
     """A trained SAE that takes raw activations, in evaluation mode on the CPU.
 
     Args:
-        path: a run directory (its last checkpoint) or a checkpoint folder.
+        path: a run directory (its last checkpoint), a checkpoint folder, a folder of SAELens,
+            dictionary_learning or sparsify, or one of these on the hub as `hf:org/repo/path`.
 
     Raises:
         StoreError: no sound checkpoint there.
@@ -134,6 +151,8 @@ def load_sae(path: str | Path) -> SAE:
     from safetensors.torch import load_file
 
     folder = find_checkpoint(path)
+    if known := recognise(folder):
+        return known.read(folder).sae
     facts = read_facts(folder)
     sae = build_sae(facts)
     sae.load_tensors(load_file(folder / "sae.safetensors"))

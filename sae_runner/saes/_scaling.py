@@ -10,7 +10,7 @@ from sae_runner.statistics import ActivationStats
 
 InputScaling = Literal["none", "sqrt_d", "unit_mean_square", "layer_norm", "whitening"]
 EPSILON = 1e-5
-"""Added to the variance of a row, as layer norms do."""
+"""Added to the deviation of a row before dividing by it, as Gao et al. and SAELens do."""
 
 
 def factor(stats: ActivationStats, scaling: InputScaling, d: int) -> float:
@@ -30,9 +30,10 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: Float[Tensor, "n d"]) -> Rows:
-    """Mean and standard deviation (over d, not d − 1) of each row."""
+    """Mean and standard deviation (over d − 1) of each row."""
     mean = x.mean(1, keepdim=True)
-    return Rows(mean, ((x - mean).square().mean(1, keepdim=True) + EPSILON).sqrt())
+    square = (x - mean).square().sum(1, keepdim=True)
+    return Rows(mean, (square / max(x.shape[1] - 1, 1)).sqrt())
 
 
 class Whitening(NamedTuple):
