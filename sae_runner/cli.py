@@ -1,5 +1,6 @@
 """The `sae-run` command: one sub-command per pipeline step, each an ordinary Hydra application."""
 
+import argparse
 import importlib
 import os
 import re
@@ -75,6 +76,7 @@ def dispatch() -> None:
     add_width_override()
     put_flags_first()
     try:
+        check_words(sys.argv[1:])
         jobs = preflight(command)
         if jobs and command in ANSWERS:
             answer(command, jobs)
@@ -150,6 +152,32 @@ def put_flags_first() -> None:
     sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Refuse in one line what Hydra answers with a page or a traceback.
+
+    Raises:
+        ConfigError: a flag that there is none of, or a group that is left without an option.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from sae_runner.config import options_of
+    from sae_runner.errors import ConfigError, did_you_mean
+
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        known, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise ConfigError(f"no flag {unknown[0]!r}.{did_you_mean(unknown[0], flags)}")
+    for word in known.overrides:
+        group, _, value = word.lstrip("+").partition("=")
+        if "null" in value.split(",") and (options := options_of(group)):
+            raise ConfigError(f"{group}=null: needs one of {', '.join(options)}")
+
+
 def hydra_app(command: str) -> Callable[[], Any]:
     """The Hydra application of one sub-command: `configs/<command>.yaml` and `run`."""
     import hydra
@@ -174,11 +202,12 @@ def preflight(command: str) -> "list[Job]":
     module = importlib.import_module(f"sae_runner.commands.{command}")
     check: Any = getattr(module, "check", None)
     jobs = composed_jobs(command, words)
-    for job in jobs if check and len(jobs) > 1 else []:
+    for job in jobs if check else []:
         try:
             check(job)
         except InputError as error:
-            raise type(error)(f"{error} (in {', '.join(job.overrides)})") from None
+            which = f" (in {', '.join(job.overrides)})" if len(jobs) > 1 else ""
+            raise type(error)(f"{error}{which}") from None
     return jobs
 
 
@@ -223,6 +252,30 @@ def run(cfg: "DictConfig") -> None:
         sweep = "MULTIRUN" in str(hydra.mode)
         which = f" ({', '.join(hydra.overrides.task)})" if sweep else ""
         print(f"sae-run {command}{which}: {message}", file=sys.stderr)
+
+
+def run_together(command: str, cfgs: "Sequence[DictConfig]", memory_gb: float | None) -> None:
+    """Run the jobs of a `train` sweep over shared batches; each failure is one line."""
+    from sae_runner.errors import ConfigError
+    from sae_runner.explain import explain
+    from sae_runner.log import setup_logging
+    from sae_runner.signals import raise_on_signals
+    from sae_runner.sweep import job_of_composed
+
+    setup_logging()
+    raise_on_signals()
+    if command != "train":
+        raise ConfigError(f"hydra/launcher=together: {command} has no batches to share; use basic")
+    together: Any = importlib.import_module("sae_runner.commands.together")
+    jobs = [job_of_composed(cfg) for cfg in cfgs]
+    for job, error in zip(jobs, together.main(jobs, memory_gb), strict=True):
+        if error is not None:
+            outcome.failures.append(error)
+            message = explain(error)
+            if not message:
+                traceback.print_exception(error)
+            which = f"({', '.join(job.overrides)})"
+            print(f"sae-run {command} {which}: {message or error!r}", file=sys.stderr)
 
 
 def job_of(cfg: "DictConfig") -> "Job":

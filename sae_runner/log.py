@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 # Libraries that tell at INFO what nobody asked, or warn of what cannot be changed here.
@@ -35,11 +36,28 @@ def setup_logging() -> None:
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
 
 
+_speaker: ContextVar[Path | None] = ContextVar("speaker", default=None)
+
+
+@contextmanager
+def speaking(path: Path) -> Iterator[None]:
+    """What is logged inside the block is meant for the file at `path` alone."""
+    token = _speaker.set(path)
+    try:
+        yield
+    finally:
+        _speaker.reset(token)
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Also append everything that is logged inside the block to the file at `path`."""
+    """Also append what is logged inside the block to the file at `path`.
+
+    Of several such blocks at once, only one hears what is said inside its `speaking`.
+    """
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    handler.addFilter(lambda _: _speaker.get() in (None, path))
     logging.getLogger().addHandler(handler)
     try:
         yield

@@ -35,11 +35,15 @@ def composed_jobs(command: str, words: Sequence[str]) -> list[Job]:
             cfg = compose(name, [*fixed, *searchpath], return_hydra_config=True)
             params = cfg.hydra.sweeper.get("params") or {}
             if not arguments.multirun and "MULTIRUN" not in str(cfg.hydra.mode):
-                return [_job(compose(name, [*overrides, *searchpath], return_hydra_config=True))]
+                return [
+                    job_of_composed(
+                        compose(name, [*overrides, *searchpath], return_hydra_config=True)
+                    )
+                ]
             every = [f"{key}={value}" for key, value in params.items()] + overrides
             batches = BasicSweeper.split_arguments(parser.parse_overrides(every), None)
             return [
-                _job(compose(name, [*job, *searchpath], return_hydra_config=True))
+                job_of_composed(compose(name, [*job, *searchpath], return_hydra_config=True))
                 for batch in batches
                 for job in batch
             ]
@@ -53,7 +57,8 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _job(cfg: Any) -> Job:
+def job_of_composed(cfg: Any) -> Job:
+    """The job of a config that was composed together with Hydra's own part."""
     from omegaconf import OmegaConf, open_dict
 
     choices = chosen(cfg.hydra.runtime.choices)

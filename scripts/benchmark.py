@@ -4,6 +4,7 @@
     python scripts/benchmark.py cache              caching against a bare loop of the same forwards
     python scripts/benchmark.py memory             peak memory of caching 1x and 10x the data
     python scripts/benchmark.py startup            --help and completion
+    python scripts/benchmark.py together           8 SAEs over one stream against 8 runs in a row
 
 Every subcommand prints medians, minima, maxima and ratios (medians of pairs measured in turn, so
 that a noisy machine does not favour either side), and writes JSON with `--out FILE`. `--check R`
@@ -28,8 +29,10 @@ import torch
 
 from sae_runner import __version__, files
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.config import construct, preset
 from sae_runner.data.base import SPLITS
 from sae_runner.models.base import SiteInfo
+from sae_runner.saes import SAES
 from sae_runner.site import TokenSelection
 from sae_runner.store.loading import load_batches
 from sae_runner.store.manifest import selection_dir, site_to_json
@@ -38,6 +41,8 @@ from sae_runner.store.reader import ActivationStore
 from sae_runner.store.window import WindowPlan, WindowRows
 from sae_runner.store.writer import _finish, _write_window, write_selections
 from sae_runner.sweep import composed_jobs
+from sae_runner.training.together import run_together
+from sae_runner.training.trainer import Trainer, TrainOptions
 
 Timed = dict[str, list[float]]
 
@@ -45,7 +50,7 @@ Timed = dict[str, list[float]]
 def main() -> None:
     """Run one subcommand."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["store", "cache", "memory", "startup"])
+    parser.add_argument("what", choices=["store", "cache", "memory", "startup", "together"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=393_216, help="store: rows of the store")
     parser.add_argument("--d", type=int, default=768, help="store: width of a row")
@@ -288,6 +293,49 @@ def bench_startup(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "ratio": median,
         "headline": f"`train --help` takes {median:.2f} s",
         "better": float.__le__,
+    }
+
+
+# -- together ----------------------------------------------------------------------------------
+
+
+def bench_together(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train 8 SAEs of 4,096 latents over one store: together, and one after another."""
+    n_rows = min(options.rows, 65_536)
+    store = synthetic_store(folder / "store", n_rows, options.d)
+    sae_options = preset("sae", "topk") | {"d_sae": 4096, "expansion": None}
+    own = {"n_tokens": n_rows, "save_every": None, "keep_state": False}
+    train_options: TrainOptions = construct(
+        TrainOptions.from_config, preset("trainer", "default") | own, where="trainer"
+    )
+
+    def initialised(name: str) -> Iterator[Trainer]:
+        for seed in range(8):
+            run_dir = folder / name / str(seed)
+            files.remove(run_dir)
+            run_dir.mkdir(parents=True)
+            trainer = Trainer(
+                SAES.build(sae_options, d_in=options.d), store, train_options, run_dir, seed=seed,
+                data_seed=0, device=torch.device("cpu"), facts={},
+            )  # fmt: skip
+            trainer.initialise()
+            yield trainer
+
+    def one_after_another() -> None:
+        for trainer in initialised("alone"):
+            trainer.run()
+
+    sides = {
+        "8 runs in a row": one_after_another,
+        "together": lambda: run_together(list(initialised("together")), lambda _, e: void(e)),
+    }
+    rows = table(in_turn(sides, options.repeats), "rows", 8 * n_rows, "8 runs in a row")
+    ratio = rows["together"]["ratio"]
+    return {
+        "sides": rows,
+        "ratio": ratio,
+        "better": float.__ge__,
+        "headline": f"8 SAEs together: {ratio:.2f} times as fast as 8 runs in a row",
     }
 
 

@@ -67,15 +67,20 @@ def main(job: Job) -> None:
     if pipeline.store_options.kind == "disk":
         ensure_store(pipeline)
     with files.locked(run_dir):
-        if force:
-            files.remove(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        files.remove_partials(run_dir)
+        make_room(run_dir, force)
         with log_to(run_dir / "run.log"):
             begin_run(run_dir, pipeline, job)
             train(run_dir, pipeline)
             evaluate(run_dir, pipeline, force=False)
     log.info("run %s", run_dir)
+
+
+def make_room(run_dir: Path, force: bool) -> None:
+    """The folder of a run, without what a killed process left half-written."""
+    if force:
+        files.remove(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    files.remove_partials(run_dir)
 
 
 def begin_run(run_dir: Path, pipeline: Pipeline, job: Job) -> None:
@@ -108,8 +113,8 @@ def finished(run_dir: Path, n_steps: int) -> Path | None:
     return None
 
 
-def train(run_dir: Path, pipeline: Pipeline) -> None:
-    """Train from the start, or go on from the last sound checkpoint."""
+def is_trained(run_dir: Path, pipeline: Pipeline) -> bool:
+    """Whether training got to its end; says so, and what was asked for too late."""
     options = pipeline.train_options
     if folder := finished(run_dir, options.n_steps):
         log.info("training is done: %s", folder)
@@ -119,11 +124,23 @@ def train(run_dir: Path, pipeline: Pipeline) -> None:
             log.warning(
                 "trainer.checkpoints came too late for steps %s: force=true trains again", steps
             )
+        if options.keep_state and not (folder / "state").is_dir():
+            log.warning("trainer.keep_state came too late: force=true trains again")
+    return folder is not None
+
+
+def train(run_dir: Path, pipeline: Pipeline) -> None:
+    """Train from the start, or go on from the last sound checkpoint."""
+    if is_trained(run_dir, pipeline):
         return
-    store = pipeline.open_store()
+    trainer_of(run_dir, pipeline, pipeline.open_store()).run()
+
+
+def trainer_of(run_dir: Path, pipeline: Pipeline, store: Activations) -> Trainer:
+    """A trainer at the step that it goes on from, with what is odd about it said."""
     for warning in warnings_of(pipeline, store):
         log.warning(warning)
-    device = torch.device(resolve_device(pipeline.root.device))
+    device, options = torch.device(resolve_device(pipeline.root.device)), pipeline.train_options
     trainer = Trainer(
         pipeline.build_sae(store.d_in),
         store,
@@ -146,7 +163,7 @@ def train(run_dir: Path, pipeline: Pipeline) -> None:
         pipeline.choices["sae"], trainer.sae.d_sae, pipeline.site.name,
         options.n_steps * options.batch_size, options.n_steps, trainer.step, device,
     )  # fmt: skip
-    trainer.run()
+    return trainer
 
 
 def start(trainer: Trainer, run_dir: Path, pipeline: Pipeline) -> None:

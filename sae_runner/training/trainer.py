@@ -156,12 +156,16 @@ class Trainer:
             progress.close()
             batches.close()
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches that are still to come; starts the clocks."""
+    def begin(self) -> None:
+        """Start the clocks, and learn what metrics need of the data."""
         # Before anything is read ahead: a stream is read front to back.
         self.mean = self.store.stats(1).mean.to(self.device)
         self.journal.begin(self.step)
         self.saved_at = time.monotonic()
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches that are still to come, after `begin`."""
+        self.begin()
         shuffled = self.store.shuffled(self.options.batch_size, self.data_seed, start=self.position)
         # No more than will be used: a stream must not keep the model busy once training is over.
         return itertools.islice(shuffled, self.options.n_steps - self.step)
@@ -192,8 +196,7 @@ class Trainer:
     def intervene(self) -> None:
         """Let the strategy for dead latents change weights, by rows of an order of its own."""
         seed = self.data_seed + RESAMPLE_SEED + self.step
-        shuffled = self.store.shuffled(self.options.batch_size, seed)
-        rows = (batch.x.to(self.device) for batch in shuffled)
+        rows = (x.to(self.device) for x in self.epoch(seed))
         generator = torch.Generator().manual_seed(self.seed + seed)
         n_dead = int(self.dead.dead.sum())
         if self.sae.calibrates:  # Now, whenever it was last saved: what is drawn rests on its map.
@@ -201,6 +204,15 @@ class Trainer:
         self.dead.intervene(rows, self.optimizer, generator)
         self.sae.after_step()
         log.info("step %d: %d dead latents pointed at badly reconstructed rows", self.step, n_dead)
+
+    def epoch(self, seed: int) -> Iterator[Tensor]:
+        """Every training row once, in batches, in the order of `seed`."""
+        left = self.store.n_rows("train")
+        for batch in self.store.shuffled(self.options.batch_size, seed):
+            yield batch.x[:left]
+            left -= len(batch.x)
+            if left <= 0:
+                return
 
     def _interrupt(self, stop: signals.StopRequest) -> None:
         stop.interrupt(f"stopped at step {self.step}; type the same command to go on")
