@@ -96,6 +96,8 @@ class SAE(nn.Module):
     """Whether a penalty leads to the L0, so that `target_l0` is reached by controlling it."""
     resampling_refused: ClassVar[str] = ""
     """Why its latents cannot be pointed at chosen directions, if they cannot."""
+    pre_act_refused: ClassVar[str] = ""
+    """Why raising a pre-activation to its threshold would make no latent fire, if it would not."""
     stored_names: ClassVar[dict[str, str]] = {}
     """Names on disk of weights that are published under another name than the base's."""
     training_buffers: ClassVar[tuple[str, ...]] = ()

@@ -45,6 +45,7 @@ class MatchingPursuit(SAE):
     """
 
     kind = "matching_pursuit"
+    pre_act_refused = "a latent fires by being the best match, not by passing a threshold"
 
     def __init__(
         self,

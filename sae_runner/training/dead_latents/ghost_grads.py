@@ -1,5 +1,6 @@
 """Ghost gradients (Jermyn and Templeton, Circuits Updates, January 2024)."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,5 +40,7 @@ class GhostGrads(DeadLatents):
         length = residual.norm(dim=1, keepdim=True) / 2
         ghost = ghost * (length / (ghost.norm(dim=1, keepdim=True) + 1e-12)).detach()
         square = (ghost - residual).square()
-        factor = (residual.square() / (square + 1e-6)).detach()
+        # In proportion to e², so that units do not matter; nor may a row without error divide by 0.
+        least = 1e-6 * residual.square().mean() + torch.finfo(square.dtype).tiny
+        factor = (residual.square() / (square + least)).detach()
         return sae.error((factor * square).sum(1), scaled)[1]

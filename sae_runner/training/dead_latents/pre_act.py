@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_runner.config import NonNegativeFloat
+from sae_runner.errors import ConfigError
 from sae_runner.saes.base import SAE, Loss
 from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.dead_latents.base import DeadLatents
@@ -14,13 +15,19 @@ from sae_runner.training.dead_latents.base import DeadLatents
 class PreAct(DeadLatents):
     """λ Σ_i ReLU(θ_i − z_i) ‖W_dec,i‖: pulls silent latents up to their threshold.
 
-    The sum is over all latents, or over dead ones alone (`only_dead`), and its mean over rows.
+    The sum is over all latents, or over dead ones alone (`only_dead`), and its mean over rows. The
+    gradient reaches thresholds and norms too.
+
+    Raises:
+        ConfigError: latents of this kind of SAE have no threshold to fire at.
     """
 
     def __init__(
         self, sae: SAE, window: int, *, coefficient: NonNegativeFloat, only_dead: bool
     ) -> None:
         super().__init__(sae, window)
+        if sae.pre_act_refused:
+            raise ConfigError(f"sae/dead_latents=pre_act: {sae.pre_act_refused}; take auxk")
         self.coefficient, self.only_dead = coefficient, only_dead
 
     def add_to(self, loss: Loss, x: Float[Tensor, "n d_in"]) -> Loss:

@@ -24,7 +24,7 @@ class Resample(DeadLatents):
     twice.
 
     Raises:
-        ConfigError: a share in `at` is none.
+        ConfigError: a share in `at` is none, or this kind of SAE cannot be resampled.
     """
 
     def __init__(
@@ -80,8 +80,9 @@ class Resample(DeadLatents):
         living = ~self.dead
         norms = sae.W_enc_rows[living if living.any() else slice(None)].norm(dim=1)
         sae.reset_latents(dead, directions, self.encoder_norm * float(norms.mean()))
-        for parameter in sae.parameters():
-            if parameter.ndim > 0 and len(parameter) == sae.d_sae:
+        for name, parameter in sae.named_parameters():
+            by_latent = parameter.ndim > 0 and len(parameter) == sae.d_sae
+            if by_latent and name != "b_dec":  # Which is as long where d_sae = d_in.
                 for slot in optimizer.state.get(parameter, {}).values():
                     if isinstance(slot, Tensor) and slot.shape == parameter.shape:
                         slot[dead] = 0
