@@ -158,6 +158,13 @@ def test_checkpoint_of_another_width(finished_run, in_process, capfd):
     assert "its d_in is 64, this run's is 32" in one_line(capfd.readouterr().err)
 
 
+def test_weights_for_normalised_rows_are_no_start_for_others(finished_run, in_process, capfd):
+    start = ["sae.input_scaling=layer_norm", f"init_from={finished_run}"]
+    assert in_process("train", *QUICK, *start) == 2
+    said = "its input_scaling is sqrt_d, this run's is layer_norm"
+    assert said in one_line(capfd.readouterr().err)
+
+
 def test_what_a_saved_sae_lacks_for_training_is_named(in_process, capfd, tmp_path):
     words = [w for w in QUICK if not w.startswith("sae=")]
     words += ["sae=archetypal", "sae.n_candidates=64", "run_name=first"]

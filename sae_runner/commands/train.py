@@ -195,10 +195,13 @@ def check_start(source: str, pipeline: Pipeline) -> Path:
     with _named("init_from", source):
         folder = find_checkpoint(source)
     facts, sae = read_facts(folder), pipeline.build_sae(pipeline.site.d, device="meta")
+    scalings = facts["sae"]["input_scaling"], sae.input_scaling
     for what, found, wanted in (
         ("d_in", facts["d_in"], sae.d_in),
         ("d_sae", facts["sae"]["d_sae"], sae.d_sae),
         ("type", facts["sae"]["type"], sae.kind),
+        # Every other scaling is folded into what is saved.
+        ("input_scaling", *(scalings if "layer_norm" in scalings else ("", ""))),
     ):
         if found != wanted:
             raise ConfigError(f"init_from={source}: its {what} is {found}, this run's is {wanted}")

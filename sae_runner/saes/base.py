@@ -260,7 +260,9 @@ class SAE(nn.Module):
             case "normalised":
                 return "normalised_mse", square.mean() / self.d_in / self.mean_baseline_mse
             case "row_norm":
-                norms = scaled.norm(dim=1).clamp_min(1e-12)
+                norms = scaled.norm(dim=1)
+                # Nearly empty rows would outweigh all others.
+                norms = torch.maximum(norms, 0.01 * norms.mean()).clamp_min(1e-12)
                 return "mse_by_norm", (square / norms).mean() / self.d_in
 
     def loss_of(
@@ -303,6 +305,8 @@ class SAE(nn.Module):
         if self.loss_reduction == "normalised":
             sample = self.scaled(stats.sample).cpu().double()  # On the CPU: Metal has no float64.
             mean = self.scaled(stats.mean.unsqueeze(0)).cpu().double()
+            if self.input_scaling == "layer_norm":  # Which the mean row does not go through.
+                mean = sample.mean(0)
             baseline = (sample - mean).square().mean()
             if not baseline > 0:
                 raise DataError("sae.loss_reduction=normalised: all training activations are equal")
@@ -339,7 +343,8 @@ class SAE(nn.Module):
         scaled = self.scaled(sample)
         wanted = (scaled - self.b_dec).norm(dim=1).mean()
         found = (self.decode_scaled(self.encode(sample)) - self.b_dec).norm(dim=1).mean()
-        self.W_enc_rows.mul_(wanted / found.clamp_min(1e-12))
+        if found > 0:  # Else nothing fires, at whatever length.
+            self.W_enc_rows.mul_(wanted / found)
 
     def before_step(self) -> None:
         """Called after backward and before clipping: constraints on gradients."""
@@ -405,7 +410,7 @@ class SAE(nn.Module):
             self._transform(self.whitening, self.unwhitening)
             self.b_dec.add_(self.input_mean)
             if not self.apply_b_dec_to_input:
-                self.b_enc.sub_(self.W_enc_rows @ self.input_mean)
+                self.shift_latents(-(self.W_enc_rows @ self.input_mean))
             self._end_whitening()
             return self
         if self.loss_reduction == "normalised":
@@ -420,9 +425,10 @@ class SAE(nn.Module):
         """Undo `fold` for the input scaling of `other`: `sae(x)` does not change."""
         if other.input_scaling == "whitening":
             if not self.apply_b_dec_to_input:
-                self.b_enc.add_(self.W_enc_rows @ other.input_mean)
+                self.shift_latents(self.W_enc_rows @ other.input_mean)
             self.b_dec.sub_(other.input_mean)
             self._transform(other.unwhitening, other.whitening)
+            self._begin_whitening(other)
             return self
         if self.loss_reduction == "normalised":
             self.mean_baseline_mse.mul_(other.input_scale**2)
@@ -436,6 +442,14 @@ class SAE(nn.Module):
         self.W_enc_rows.copy_(self.W_enc_rows @ forward.T)
         self.W_dec.copy_(self.W_dec @ backward)
         self.b_dec.copy_(self.b_dec @ backward)
+
+    def _begin_whitening(self, other: "SAE") -> None:
+        self.input_scaling, self.loss_reduction = other.input_scaling, other.loss_reduction
+        self.options = {**self.options, "input_scaling": "whitening"}
+        self.options["loss_reduction"] = self.loss_reduction
+        for name in ("input_mean", "whitening", "unwhitening", "mean_baseline_mse"):
+            if hasattr(other, name):
+                self.register_buffer(name, getattr(other, name).clone())
 
     def _end_whitening(self) -> None:
         self.input_scaling = "none"
@@ -452,6 +466,10 @@ class SAE(nn.Module):
         The encoder's rows are left alone: the caller scales them, or what they read.
         """
         self.b_enc.mul_(factor)
+
+    def shift_latents(self, by: Float[Tensor, " d_sae"]) -> None:
+        """Add to what the encoder's rows give."""
+        self.b_enc.add_(by)
 
     def move_norms(self) -> None:
         """Move decoder norms into the encoder, where that changes no choice of latents.

@@ -81,6 +81,11 @@ class Gated(SAE):
         super().scale_latents(factor)
         self.b_mag.mul_(factor)
 
+    def shift_latents(self, by: Float[Tensor, " d_sae"]) -> None:
+        """See `SAE.shift_latents`."""
+        super().shift_latents(by)
+        self.b_mag.add_(self.r_mag.exp() * by)
+
     @torch.no_grad()
     def fold(self) -> SAE:
         """See `SAE.fold`; free decoder norms go into the encoder, and every gate stays as it is."""
