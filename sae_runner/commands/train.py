@@ -11,6 +11,7 @@ from sae_runner import __version__, files
 from sae_runner.checkpoint import (
     build_sae,
     find_checkpoint,
+    load_sae,
     load_state,
     read_facts,
     step_dirs,
@@ -22,6 +23,7 @@ from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import checked_options, construct, resolve_device
 from sae_runner.errors import ConfigError, StoreError
+from sae_runner.interchange.base import centred
 from sae_runner.log import log_to
 from sae_runner.saes.base import SAE
 from sae_runner.store.reader import Activations, ActivationStore
@@ -219,11 +221,24 @@ def take_weights(sae: SAE, folder: Path) -> None:
     """Start from a trained SAE: its parameters, unfolded to this run's input scale.
 
     Buffers (scale, loss normaliser) stay those of this run's own activations.
-    """
-    from safetensors.torch import load_file
 
-    source = build_sae(read_facts(folder))
-    source.load_tensors(load_file(folder / "sae.safetensors"))
+    Raises:
+        ConfigError: the run keeps decoder rows at norm 1, and those of the SAE cannot be brought
+            there without a change of its latents.
+    """
+    source = load_sae(folder)
+    if source.apply_b_dec_to_input != sae.apply_b_dec_to_input:
+        source.load_tensors(centred(source, wanted=sae.apply_b_dec_to_input))
+        source.apply_b_dec_to_input = sae.apply_b_dec_to_input
+    if sae.decoder_norm == "unit":
+        source.fold()  # Norms go into the encoder, where that changes no choice of latents.
+        norms = source.W_dec.norm(dim=1)
+        low, high = float(norms.min()), float(norms.max())
+        if low < 0.99 or high > 1.01:
+            raise ConfigError(
+                f"init_from={folder}: norms of its decoder rows go from {low:.3g} to {high:.3g}, "
+                "and sae.decoder_norm=unit would bring them to 1; set it to free"
+            )
     source.unfold_like(sae)
     trained = dict(source.named_parameters())
     for name, parameter in sae.named_parameters():
@@ -253,6 +268,7 @@ def origin(pipeline: Pipeline, store: Activations) -> dict[str, Any]:
         "model": model,
         "dataset": dataset,
         "site": pipeline.site.name,
+        **({} if pipeline.target is None else {"target": pipeline.target.name}),
         "tokens": pipeline.selection.slug,
         "store": where,
     }

@@ -43,6 +43,13 @@ class Foreign(NamedTuple):
     origin: Origin
 
 
+class Contents(NamedTuple):
+    """What the two files of a folder hold."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
 class Format(ABC):
     """How one library lays its SAEs on disk."""
 
@@ -68,12 +75,21 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def write(self, folder: Path, sae: SAE, origin: Origin) -> None:
-        """Write a folded SAE and its configuration into an existing folder.
+    def contents(self, sae: SAE, origin: Origin) -> Contents:
+        """What a folder with a folded SAE holds.
 
         Raises:
             ConfigError: the format has nothing that computes the same, or lacks a name it needs.
         """
+
+    def save(self, folder: Path, contents: Contents) -> None:
+        """Write both files into an existing folder."""
+        files.write_text(folder / self.config_file, json.dumps(contents.config, indent=2))
+        files.write_tensors(folder / self.weights, contents.tensors)
+
+    def write(self, folder: Path, sae: SAE, origin: Origin) -> None:
+        """`save` of `contents`."""
+        self.save(folder, self.contents(sae, origin))
 
     def lacks(self, sae: SAE, what: str = "") -> ConfigError:
         """The error of a kind, or of an option of it, that the format has no place for."""

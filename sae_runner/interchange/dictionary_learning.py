@@ -28,6 +28,7 @@ from sae_runner import files
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.interchange import FORMATS
 from sae_runner.interchange.base import (
+    Contents,
     Foreign,
     Format,
     Origin,
@@ -114,8 +115,8 @@ class DictionaryLearning(Format):
             context=buffer.get("ctx_len"), training=training, metadata=cfg,
         ))  # fmt: skip
 
-    def write(self, folder: Path, sae: SAE, origin: Origin) -> None:
-        """See `Format.write`."""
+    def contents(self, sae: SAE, origin: Origin) -> Contents:
+        """See `Format.contents`."""
         dict_class, options = self.class_of(sae), sae.config()
         tensors = centred(sae, wanted=dict_class not in UNCENTRED)
         names = NAMES[dict_class]
@@ -131,10 +132,14 @@ class DictionaryLearning(Format):
             widths: list[int] = sae.widths  # type: ignore[assignment]
             own["group_sizes"] = [b - a for a, b in itertools.pairwise([0, *widths])]
             state["group_sizes"] = torch.tensor(own["group_sizes"])
-        cfg = self.config_of(dict_class, sae, origin, own)
-        files.write_text(folder / self.config_file, json.dumps(cfg, indent=4))
+        return Contents(self.config_of(dict_class, sae, origin, own), state)
+
+    def save(self, folder: Path, contents: Contents) -> None:
+        """See `Format.save`; the weights as torch writes a state dict."""
+        files.write_text(folder / self.config_file, json.dumps(contents.config, indent=4))
+        state = {name: tensor.contiguous() for name, tensor in contents.tensors.items()}
         with files.atomic(folder / self.weights) as temporary:
-            torch.save({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+            torch.save(state, temporary)
 
     def class_of(self, sae: SAE) -> str:
         """The class that computes what the SAE does."""

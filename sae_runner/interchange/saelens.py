@@ -10,16 +10,21 @@ W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_dec [d_in] and, by architecture,
                               thresholds are equal; a checkpoint of training has one number instead
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from sae_runner import files
 from sae_runner.errors import ConfigError
 from sae_runner.interchange import FORMATS
 from sae_runner.interchange._hooks import hook_of
 from sae_runner.interchange._saelens_reading import checked, origin_of, read_sae
-from sae_runner.interchange.base import Foreign, Format, Origin, read_object, read_tensors
+from sae_runner.interchange.base import (
+    Contents,
+    Foreign,
+    Format,
+    Origin,
+    read_object,
+    read_tensors,
+)
 from sae_runner.saes.base import SAE
 
 VERSION = "6.54.12"
@@ -57,8 +62,8 @@ class SAELens(Format):
         sae = read_sae(cfg, read_tensors(folder / self.weights), folder)
         return Foreign(sae, origin_of(dict(cfg.get("metadata") or {})))
 
-    def write(self, folder: Path, sae: SAE, origin: Origin) -> None:
-        """See `Format.write`."""
+    def contents(self, sae: SAE, origin: Origin) -> Contents:
+        """See `Format.contents`."""
         if sae.kind not in ARCHITECTURES:
             raise self.lacks(sae)
         architecture, names = ARCHITECTURES[sae.kind]
@@ -87,8 +92,7 @@ class SAELens(Format):
             **own,
             "architecture": architecture,
         }
-        files.write_text(folder / self.config_file, json.dumps(cfg))
-        files.write_tensors(folder / self.weights, {name: tensors[name] for name in names})
+        return Contents(cfg, {name: tensors[name] for name in names})
 
     def metadata_of(self, origin: Origin) -> dict[str, Any]:
         """What SAELens' users look for: model, hook, dataset.

@@ -4,14 +4,13 @@ encoder.weight [d_sae, d_in], encoder.bias [d_sae], W_dec [d_sae, d_in], b_dec [
 f = the k largest of ReLU((x − b_dec) W_encᵀ + b), or the largest of each of k groups
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from sae_runner import files
 from sae_runner.errors import StoreError
 from sae_runner.interchange import FORMATS
 from sae_runner.interchange.base import (
+    Contents,
     Foreign,
     Format,
     Origin,
@@ -73,8 +72,8 @@ class Sparsify(Format):
         )  # fmt: skip
         return Foreign(sae, Origin(hook=folder.name, metadata=cfg))
 
-    def write(self, folder: Path, sae: SAE, origin: Origin) -> None:
-        """See `Format.write`."""
+    def contents(self, sae: SAE, origin: Origin) -> Contents:
+        """See `Format.contents`."""
         options = sae.config()
         if sae.kind not in ("topk", "archetypal"):
             raise self.lacks(sae)
@@ -98,5 +97,4 @@ class Sparsify(Format):
             "encoder.weight": tensors["W_enc"].T, "encoder.bias": tensors["b_enc"],
             "W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"],
         }  # fmt: skip
-        files.write_text(folder / self.config_file, json.dumps(cfg))
-        files.write_tensors(folder / self.weights, weights)
+        return Contents(cfg, weights)

@@ -17,6 +17,7 @@ import torch
 from sae_runner.checkpoint import load_sae, save_checkpoint, step_dirs
 from sae_runner.commands.train import take_weights
 from sae_runner.config import preset
+from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
 from sae_runner.statistics import ActivationStats
@@ -201,3 +202,40 @@ def test_a_run_starts_from_what_the_other_run_ended_with(tmp_path, kind, scaling
     # What is trained from there and saved takes raw activations again.
     save_checkpoint(tmp_path / "step_00000002", sae, {"step": 2})
     torch.testing.assert_close(load_sae(tmp_path / "step_00000002")(x).x_hat, original.x_hat)
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk", "gated", "jump_relu"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_run_starts_from_another_librarys_folder(tmp_path, kind, centred):
+    """Whose encoder may see x − b_dec where ours sees x, and whose decoder rows have any norm."""
+    from sae_runner.interchange.base import Origin
+    from sae_runner.interchange.saelens import SAELens
+
+    x = rows(0.5, 1)
+    free = {"decoder_norm": "free", "decoder_init_norm": 0.3} if kind != "topk" else {}
+    source = initialised(
+        kind, rows(7, 0), input_scaling="none", apply_b_dec_to_input=not centred, units=None, **free
+    )
+    with torch.no_grad():
+        for parameter in source.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * rows(1, 5)[0, 0].abs()
+    SAELens().write(tmp_path, source, Origin())
+    unit = {"decoder_norm": "unit", "decoder_init_norm": 1.0}
+    sae = initialised(
+        kind, x, input_scaling="sqrt_d", apply_b_dec_to_input=centred, units=None, **unit
+    )
+    take_weights(sae, tmp_path)
+    with torch.no_grad():
+        found, expected = sae(x), source(x)
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(10))
+    torch.testing.assert_close(found.x_hat, expected.x_hat)
+    assert torch.equal(found.latents.dense() > 0, expected.latents.dense() > 0)
+
+
+def test_decoder_rows_that_cannot_be_made_unit_vectors_are_refused(tmp_path):
+    source = initialised("topk", rows(7, 0), decoder_norm="free", decoder_init_norm=0.3)
+    save_checkpoint(tmp_path / "step_00000001", source, {"step": 1})
+    sae = initialised("topk", rows(1, 1))
+    with pytest.raises(ConfigError, match=r"go from 0.3 to 0.3, and sae.decoder_norm=unit"):
+        take_weights(sae, tmp_path / "step_00000001")
