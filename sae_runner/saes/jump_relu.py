@@ -93,22 +93,21 @@ class JumpReLU(SAE):
         pre_acts = self.pre_activations(scaled)
         acts = self.activate(pre_acts)
         x_hat = acts @ self.W_dec + self.b_dec
-        name, value = self.sparsity(pre_acts, acts)
-        coefficient = self.l0_coefficient * state.penalty
-        return self.loss_of(x, scaled, x_hat, count_active(acts), **{name: (coefficient, value)})
+        term = (self.l0_coefficient * state.penalty, self.sparsity(pre_acts, acts))
+        name = f"{self.penalty}_penalty"
+        return self.loss_of(x, scaled, x_hat, count_active(acts), **{name: term})
 
     def sparsity(
         self, pre_acts: Float[Tensor, "n d_sae"], acts: Float[Tensor, "n d_sae"]
-    ) -> tuple[str, Float[Tensor, ""]]:
-        """The penalty without its coefficient, and what it is called."""
+    ) -> Float[Tensor, ""]:
+        """The penalty without its coefficient."""
         if self.penalty == "tanh":
             norms = self.W_dec.norm(dim=1)
-            return "tanh", (self.tanh_scale * acts * norms).tanh().sum(1).mean()
+            return (self.tanh_scale * acts * norms).tanh().sum(1).mean()
         z = pre_acts.to(self.threshold.dtype).relu()
         l0 = step(z, self.threshold, self.bandwidth).sum(1).mean()
-        if self.penalty == "step":
-            return "step", l0
-        return "quadratic", (l0 / float(self.target_l0 or 1) - 1).square()
+        off: Tensor = l0 / float(self.target_l0 or 1) - 1
+        return l0 if self.penalty == "step" else off.square()
 
     @torch.no_grad()
     def initialise_weights(self, stats: ActivationStats, generator: torch.Generator) -> None:

@@ -47,6 +47,14 @@ KINDS = {
             "lr_warmup": 0.1,
         },
     },
+    "ghosts": {
+        "kind": "relu", "sae": {"l1_coefficient": 10.0}, "dead_window": 32, "lr": 1e-2,
+        "penalty_warmup": 0.0, "dead_latents": {"type": "ghost_grads", "coefficient": 1.0},
+    },
+    "thresholds": {
+        "kind": "jump_relu", "sae": {"target_l0": 3.0}, "beta1": 0.0, "dead_window": 64,
+        "dead_latents": {"type": "pre_act", "coefficient": 1e-3, "only_dead": True},
+    },
     "ema": {"kind": "topk", "ema": 0.9},
     "micro": {"kind": "relu", "micro_batch_size": 8},
     "bf16": {"kind": "topk", "precision": "bf16"},
