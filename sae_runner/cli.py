@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "cache, train and evaluate what a composition describes; skips what is done",
     "cache": "run a model once and write activations of one or many sites",
     "eval": "measure a checkpoint on held-out data (checkpoint=RUN)",
+    "export": "write an SAE for SAELens, dictionary_learning or sparsify; upload it",
     "report": "compare runs: table, CSV, Markdown, one HTML page (RUN … or globs)",
     "plan": "say what a composition would do and cost, writing nothing",
     "sites": "list the sites of a model, without its weights",

@@ -39,7 +39,7 @@ def main(job: Job) -> None:
     """Evaluate the checkpoint that `checkpoint=` names, with the evaluators of this command."""
     pipeline = pipeline_of(job)
     pipeline.check()
-    folder = find_checkpoint(_asked(job))
+    folder = find_checkpoint(asked_checkpoint(job))
     run_dir = folder.parent.parent
     with files.locked(run_dir), log_to(run_dir / "run.log"):
         if pipeline.store_options.kind == "disk":
@@ -47,7 +47,8 @@ def main(job: Job) -> None:
         evaluate(run_dir, pipeline, force=pipeline.root.force, folder=folder)
 
 
-def _asked(job: Job) -> str:
+def asked_checkpoint(job: Job) -> str:
+    """What `checkpoint=` means: a path, or the name of a run below `outputs`."""
     checkpoint = job.cfg.get("checkpoint")
     if not checkpoint:
         raise ConfigError(
@@ -70,7 +71,7 @@ def run_record(run_dir: Path) -> dict[str, Any]:
 
 def pipeline_of(job: Job) -> Pipeline:
     """The pipeline of the run that a checkpoint belongs to, with this command's options."""
-    run = run_record(find_checkpoint(_asked(job)).parent.parent)
+    run = run_record(find_checkpoint(asked_checkpoint(job)).parent.parent)
     own = {key: job.cfg[key] for key in ("evaluators", "eval", "device", "force")}
     outputs = job.cfg.get("outputs") or run["outputs"]
     # A run's start may be gone by now; what it was is in its identity.
