@@ -102,7 +102,7 @@ class JumpReLU(SAE):
     ) -> Float[Tensor, ""]:
         """The penalty without its coefficient."""
         if self.penalty == "tanh":
-            norms = self.W_dec.norm(dim=1)
+            norms: Tensor = self.W_dec.norm(dim=1)
             return (self.tanh_scale * acts * norms).tanh().sum(1).mean()
         z = pre_acts.to(self.threshold.dtype).relu()
         l0 = step(z, self.threshold, self.bandwidth).sum(1).mean()
