@@ -257,7 +257,7 @@ class Trainer:
         whole = _merged(losses)
         self.dead.update(whole.fired, len(x))
         if self.target_l0 is not None:
-            self.target_l0.update(float(whole.l0), lr_factor)
+            self.target_l0.update(float(whole.l0), state.progress)
         return whole, grad_norm, lr
 
     # -- What is kept ----------------------------------------------------------------------------
