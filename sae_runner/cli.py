@@ -171,7 +171,7 @@ def check_words(words: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags = [action.option_strings[0] for action in parser._actions if action.option_strings]
         raise ConfigError(f"no flag {unknown[0]!r}.{did_you_mean(unknown[0], flags)}")
     for word in known.overrides:
         group, _, value = word.lstrip("+").partition("=")

@@ -45,12 +45,23 @@ class Range:
         return "must be finite" if math.isinf(value) or math.isnan(value) else None
 
 
+class Filled:
+    """Some text, carried in its type."""
+
+    def complaint(self, value: str) -> str | None:
+        """What is wrong with `value`, or None."""
+        return None if value else "needs a value"
+
+
+Name = Annotated[str, Filled()]
 Positive = Annotated[int, Range(gt=0)]
 NonNegative = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 """From 0 to 1, both included."""
+Memory = Annotated[float, Range(ge=0, lt=1)]
+"""Share of a running mean that stays at each step."""
 ProperFraction = Annotated[float, Range(gt=0, lt=1)]
 """Between 0 and 1, both excluded."""
 
@@ -232,15 +243,17 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if origin is Annotated:
         value = convert(value, arguments[0], key)
         for bound in arguments[1:]:
-            numbers = value if isinstance(value, list | tuple) else [value]
-            for number in numbers if isinstance(bound, Range) else []:
-                if number is not None and (complaint := bound.complaint(number)):
-                    raise ConfigError(f"{key}={number}: {complaint}")
+            items = value if isinstance(value, list | tuple) else [value]
+            for item in items if isinstance(bound, Range | Filled) else []:
+                if item is not None and (complaint := bound.complaint(item)):
+                    raise ConfigError(f"{key}={item}: {complaint}")
         return value
     if origin in (typing.Union, types.UnionType):
         return convert_union(value, arguments, key)
     if origin is list and isinstance(value, list | tuple):
         return [convert(item, arguments[0], key) for item in value]
+    if value is None and hint not in (Any, types.NoneType):
+        raise ConfigError(f"{key}=null: needs a value")
     if origin is typing.Literal:
         if value not in arguments:
             raise ConfigError(

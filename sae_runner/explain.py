@@ -1,11 +1,13 @@
 """Exceptions of Hydra, OmegaConf, torch and the system as one line that says what to change."""
 
 import errno
+import re
 from typing import Any
 
 from sae_runner.config import options_of
 from sae_runner.errors import InputError, did_you_mean
 
+ALREADY_THERE = re.compile(r"An item is already at '(.+?)'")
 NO_SPACE = "No space left on device"
 NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
 
@@ -60,6 +62,8 @@ def explain_hydra(error: BaseException) -> str | None:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return explain_key(cause)
+    if there := ALREADY_THERE.search(str(error)):
+        return f"no new key {there[1]!r}: there is one already; leave out the +"
     if isinstance(error, HydraException):
         return " ".join(str(error).split())
     return None

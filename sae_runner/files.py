@@ -196,8 +196,8 @@ def require_space(path: Path, n_bytes: int, what: str) -> None:
         )
 
 
-def require_writable(folder: Path) -> None:
-    """Refuse an output folder that cannot be written, before anything is computed.
+def require_writable(folder: Path, key: str = "outputs") -> None:
+    """Refuse a folder, the value of `key`, that cannot be written, before anything is computed.
 
     Raises:
         InputError: the folder is a file, or no file can be made in it.
@@ -209,7 +209,7 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise InputError(f"outputs={folder}: cannot write in {parent}: {error.strerror}") from None
+        raise InputError(f"{key}={folder}: cannot write in {parent}: {error.strerror}") from None
 
 
 def folder_bytes(path: Path) -> int:

@@ -65,10 +65,30 @@ BAD = {
     "text for force": (["train", "force=perhaps"], "force=perhaps"),
     "run name that climbs": (["train", "run_name=..", "force=true"], "run_name=..: only letters"),
     "run name with a folder": (["train", "run_name=a/b"], "run_name=a/b: only letters"),
-    "no site": (["train", "site.name=null"], "site.name=None"),
-    "no device": (["train", "device=null"], "device=None"),
-    "no outputs": (["train", "outputs=null"], "outputs"),
-    "no evaluation": (["train", "eval=null"], "eval=None"),
+    "no site": (["train", "site.name=null"], "site.name=null: needs a value"),
+    "no device": (["train", "device=null"], "device=null: needs a value"),
+    "no k": (["train", "sae.k=null"], "sae.k=null: needs a value"),
+    "no outputs": (["train", "outputs=null"], "outputs=null: needs a value"),
+    "empty outputs": (["train", "outputs="], "outputs=: needs a value"),
+    "empty outputs of ls": (["ls", "outputs="], "outputs=: needs a value"),
+    "empty outputs of report": (["report", "outputs="], "report: outputs=: needs a value"),
+    "absent outputs": (["ls", "outputs=absent"], "outputs=absent: there is no such folder"),
+    "no evaluation": (["train", "eval=null"], "eval=null: needs its options"),
+    "no option": (["train", "sae=null"], "sae=null: needs one of "),
+    "no option in a sweep": (["train", "-m", "trainer=default,null"], "trainer=null: needs one of default, "),
+    "number for published numbers": (
+        ["train", "experiment=toy_recovery", "expected=5"], "expected=5: "),
+    "unknown flag": (["train", "--multi-run"], "no flag '--multi-run'. Did you mean '--multirun'?"),
+    "flag without its value": (["train", "--cfg"], "argument --cfg/-c: expected one argument"),
+    "+ before a key that is there": (["train", "+sae.k=8"], "no new key 'sae.k': there is one already"),
+    "key of a run's record": (["train", "+choices=1"], "Choose from: dataset, device, eval, evaluators, "
+                              "expected, force, init_from, logger, model, outputs, run_name, "),
+    "sweep of one bad value": (["train", "-m", "sae.k="], "sae.k=: Value ''"),
+    "momentum of one": (["train", "trainer.beta1=1"], "trainer.beta1=1.0: must be < 1"),
+    "beta2 of one in a sweep": (["train", "-m", "trainer.beta2=0.9,1"], "trainer.beta2=1.0: must be < 1"),
+    "eps of zero": (["train", "trainer.eps=0"], "trainer.eps=0.0: must be > 0"),
+    "more than all steps": (["train", "trainer.lr_warmup=0.5", "trainer.lr_decay=0.6"],
+                            "trainer.lr_decay=0.6: with trainer.lr_warmup=0.5 more than all steps"),
     "negative workers": (["train", "dataset.workers=-1"], "dataset.workers=-1: must be >= 0"),
     "unreadable share": (["train", "dataset.max_bad=5"], "dataset.max_bad=5"),
     "type of nothing": (["train", "sae.type=foo"], "sae.type=foo: no such type"),
@@ -88,9 +108,11 @@ def test_bad_input_is_one_line_and_makes_nothing(name, in_process, capfd, tmp_pa
     if any(w.startswith("sae.d_sae") for w in words) and "both" not in name:
         quick = [w for w in quick if not w.startswith("sae.expansion")]
     assert in_process(words[0], *quick, *words[1:]) == 2
-    line = one_line(capfd.readouterr().err)
+    said = capfd.readouterr()
+    line = one_line(said.err)
     assert line.startswith("sae-run")
     assert message in line
+    assert said.out == "" and "usage" not in said.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,6 +195,18 @@ def test_what_a_saved_sae_lacks_for_training_is_named(in_process, capfd, tmp_pat
     start = f"init_from={tmp_path}/outputs/train/first"
     assert in_process("train", *words, "run_name=second", start) == 2
     assert "lacks 'mixture', which training needs" in one_line(capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-40], lambda text: "a: [1"])
+def test_damaged_record_of_a_run_is_named_with_the_way_out(damage, finished_run, in_process, capfd):
+    record = finished_run / "config.yaml"
+    record.write_text(damage(record.read_text()))
+    for words in (["train", *QUICK], ["eval", f"checkpoint={finished_run}"]):
+        capfd.readouterr()
+        assert in_process(*words) == 2
+        line = one_line(capfd.readouterr().err)
+        assert f"{finished_run.name}/config.yaml is damaged: `sae-run rm " in line
+    assert in_process("train", *QUICK, "force=true") == 0
 
 
 def test_damaged_checkpoint_is_named(finished_run, in_process, capfd):

@@ -11,6 +11,7 @@ import torch
 from sae_runner import files
 from sae_runner.checkpoint import find_checkpoint, load_sae, read_facts, step_dirs
 from sae_runner.commands.cache import ensure_store
+from sae_runner.commands.entries import read_config
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import plain, resolve_device
@@ -59,14 +60,21 @@ def asked_checkpoint(job: Job) -> str:
 
 
 def run_record(run_dir: Path) -> dict[str, Any]:
-    """config.yaml of a run."""
-    from omegaconf import OmegaConf
+    """config.yaml of a run.
 
+    Raises:
+        StoreError: it is absent or damaged.
+    """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise StoreError(f"checkpoint={run_dir}: it has no config.yaml, so its data are unknown")
-    record: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return dict(record)
+    record = read_config(path)
+    if record is None or not record.keys() >= set(RECORD_KEYS):
+        raise StoreError(
+            f"{path} is damaged: `sae-run rm {run_dir}` removes the run, and `sae-run train` with "
+            "force=true begins it again"
+        )
+    return record
 
 
 def pipeline_of(job: Job) -> Pipeline:
@@ -75,7 +83,7 @@ def pipeline_of(job: Job) -> Pipeline:
     own = {key: job.cfg[key] for key in ("evaluators", "eval", "device", "force")}
     outputs = job.cfg.get("outputs") or run["outputs"]
     # A run's start may be gone by now; what it was is in its identity.
-    cfg = {k: v for k, v in run.items() if k != "init_from"}
+    cfg = {k: v for k, v in run.items() if k not in (*RECORD_KEYS, "init_from")}
     return Pipeline({**cfg, **own, "outputs": outputs}, run["choices"])
 
 

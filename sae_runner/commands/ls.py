@@ -12,7 +12,8 @@ from sae_runner.commands.inventory import Related, relations, take_inventory
 from sae_runner.commands.job import Job
 from sae_runner.commands.listing import show_table
 from sae_runner.commands.words import restricted
-from sae_runner.config import convert
+from sae_runner.config import Name, convert
+from sae_runner.errors import InputError
 
 NOTHING = "–"
 
@@ -21,9 +22,11 @@ def main(job: Job) -> None:
     """Print one table for each kind of thing, then the total.
 
     Raises:
-        InputError: a word that matches nothing.
+        InputError: no such folder, or a word that matches nothing.
     """
-    outputs = Path(convert(job.cfg["outputs"], str, "outputs")).expanduser()
+    outputs = Path(convert(job.cfg["outputs"], Name, "outputs")).expanduser()
+    if not outputs.is_dir():
+        raise InputError(f"outputs={outputs}: there is no such folder")
     words = convert(job.cfg["runs"], list[str], "runs")
     inventory = take_inventory(outputs)
     shown = restricted(words, inventory, outputs) if words else inventory

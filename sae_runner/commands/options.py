@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from sae_runner.config import Fraction, NonNegative, Positive, PositiveFloat, convert
+from sae_runner.config import Fraction, Name, NonNegative, Positive, PositiveFloat, convert
 from sae_runner.errors import ConfigError
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -12,10 +12,10 @@ GROUPS = ("model", "site", "dataset", "store")
 TRAIN_GROUPS = ("sae", "trainer", "logger", "evaluators", "eval")
 
 
-# All that may stand at the top of a config, or of a run's record of one.
+# All that may stand at the top of a config.
 KEYS = frozenset({
     *GROUPS, *TRAIN_GROUPS, "outputs", "device", "force", "seed", "init_from", "run_name",
-    "expected", "plan", "choices", "overrides", "identity", "code_version",
+    "expected", "plan",
 })  # fmt: skip
 
 
@@ -33,7 +33,7 @@ class RootOptions(NamedTuple):
     def from_config(
         cls,
         *,
-        outputs: str,
+        outputs: Name,
         device: str,
         force: bool,
         seed: NonNegative = 0,

@@ -79,10 +79,12 @@ class Pipeline:
     def __init__(self, cfg: Mapping[str, Any], choices: Mapping[str, str]) -> None:
         self.cfg, self.choices = plain(cfg), dict(choices)
         if unknown := sorted(self.cfg.keys() - KEYS):
-            raise ConfigError(f"no key {unknown[0]!r}.{did_you_mean(unknown[0], KEYS)}")
+            known = KEYS & self.cfg.keys()
+            raise ConfigError(f"no key {unknown[0]!r}.{did_you_mean(unknown[0], known)}")
         for group in (*GROUPS, *(TRAIN_GROUPS if "sae" in self.choices else ())):
-            if not isinstance(self.cfg.get(group), Mapping):
-                raise ConfigError(f"{group}={self.cfg.get(group)}: needs its options")
+            if not isinstance(value := self.cfg.get(group), Mapping):
+                given = "null" if value is None else value
+                raise ConfigError(f"{group}={given}: needs its options")
         root = {k: self.cfg[k] for k in RootOptions._fields if k in self.cfg}
         self.root: RootOptions = construct(RootOptions.from_config, root, where="")
         self.outputs = Path(self.root.outputs).expanduser()
@@ -316,7 +318,7 @@ class Pipeline:
             SAES.check(self.sae_options)
             DEAD_LATENTS.check(self.dead_latents)
             _ = self.train_options, self.eval_options, self.evaluators
-            check_expected(self.cfg.get("expected") or [])
+            check_expected(convert(self.cfg.get("expected"), list[Any] | None, "expected") or [])
         _ = self.raw_dataset, self.infos
         if train:
             sae = self.build_sae(self.site.d, device="meta")

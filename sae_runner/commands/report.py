@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_runner.commands.job import Job
-from sae_runner.config import construct, fingerprint
+from sae_runner.config import Name, construct, fingerprint
+from sae_runner.errors import InputError
 from sae_runner.files import atomic, require_writable
 from sae_runner.report.comparison import Comparison, compare
 from sae_runner.report.figures import FIGURES, draw_run, figure_sources
@@ -41,7 +42,7 @@ class ReportOptions(NamedTuple):
 
     @classmethod
     def from_config(
-        cls, *, outputs: str, runs: list[str] | str, out: str | None, x: str, y: str,
+        cls, *, outputs: Name, runs: list[str] | str, out: str | None, x: str, y: str,
         metrics: list[str] | str,
     ) -> "ReportOptions":  # fmt: skip
         """Typed; a lone run or metric need not be a list."""
@@ -56,25 +57,25 @@ def main(job: Job) -> None:
     """Compare the runs; exit 1 at the end if the report of one of them is damaged.
 
     Raises:
-        InputError: there is no run, a metric that no evaluator gives, nowhere to write.
+        InputError: there is no sound run, a metric that no evaluator gives, nowhere to write.
     """
-    options: ReportOptions = construct(ReportOptions.from_config, job.cfg, where="report")
+    options: ReportOptions = construct(ReportOptions.from_config, job.cfg, where="")
     folders, without = find_runs(options.runs, options.outputs / "train")
     runs, damaged = load_runs(folders)
+    if not runs:
+        raise InputError(f"all {len(damaged)} reports are damaged, the first: {damaged[0]}")
     left_out = [f"left out, damaged: {line}" for line in damaged]
     if without:
         names = ", ".join(path.name for path in without)
         left_out.append(f"left out, {len(without)} without a report.json: {names}")
     for line in left_out:
         log.warning("%s", line)
-    if not runs:
-        sys.exit(1)
     metrics = choose_metrics(options.metrics, runs, "metrics")
     for key, name in (("x", options.x), ("y", options.y)):
         choose_metrics([name], runs, key)
     comparison = compare(runs, metrics, options.x, options.y)
     out = options.out or options.outputs / "reports" / fingerprint(sorted(run.name for run in runs))
-    require_writable(out)
+    require_writable(out, "out" if options.out else "outputs")
     show(comparison)
     path = write(comparison, left_out, out)
     print(f"\n{path}")

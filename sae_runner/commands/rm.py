@@ -13,7 +13,7 @@ from sae_runner.commands.job import Job
 from sae_runner.commands.listing import show_table
 from sae_runner.commands.ls import shown_path
 from sae_runner.commands.words import named
-from sae_runner.config import convert
+from sae_runner.config import Name, convert
 from sae_runner.errors import InputError
 
 
@@ -24,7 +24,7 @@ def main(job: Job) -> None:
         InputError: nothing is named, something else needs it or is writing it, or nobody can be
             asked and `yes=true` was not given.
     """
-    outputs = Path(convert(job.cfg["outputs"], str, "outputs")).expanduser()
+    outputs = Path(convert(job.cfg["outputs"], Name, "outputs")).expanduser()
     yes = convert(job.cfg["yes"], bool, "yes")
     words = convert(job.cfg["runs"], list[str], "runs")
     if not words:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_runner.commands.job import Job
 from sae_runner.commands.listing import show_table
-from sae_runner.config import convert
+from sae_runner.config import Name, convert
 from sae_runner.data import build_dataset
 from sae_runner.models import MODELS, build_model
 from sae_runner.models.base import Model, SiteInfo
@@ -24,8 +24,9 @@ def main(job: Job) -> None:
     """
     cfg = job.cfg
     wanted = convert(cfg["site"]["name"], str | list[str], "site.name")
+    outputs = convert(cfg["outputs"], Name, "outputs")
     context = convert(cfg["model"].get("context"), int | None, "model.context")
-    model = without_weights(cfg, Path(cfg["outputs"]).expanduser())
+    model = without_weights(cfg, Path(outputs).expanduser())
     infos = resolve_sites(wanted, model.sites())
     # Compared, not resolved: with other layers the default may be no site of this model.
     default = cfg["model"].get("site")

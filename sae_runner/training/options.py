@@ -5,6 +5,7 @@ from typing import Literal
 
 from sae_runner.config import (
     Fraction,
+    Memory,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -48,9 +49,9 @@ class TrainOptions:
         batch_size: Positive,
         micro_batch_size: Positive | None,
         lr: PositiveFloat | Literal["auto"],
-        beta1: Fraction,
-        beta2: Fraction,
-        eps: NonNegativeFloat,
+        beta1: Memory,
+        beta2: Memory,
+        eps: PositiveFloat,
         lr_warmup: Fraction,
         lr_decay: Fraction,
         penalty_warmup: Fraction,
@@ -76,6 +77,11 @@ class TrainOptions:
             raise ConfigError(
                 f"trainer.micro_batch_size={micro_batch_size}: must divide "
                 f"trainer.batch_size={batch_size}"
+            )
+        if lr_warmup + lr_decay > 1:
+            raise ConfigError(
+                f"trainer.lr_decay={lr_decay:g}: with trainer.lr_warmup={lr_warmup:g} more than "
+                "all steps"
             )
         n_steps = n_tokens // batch_size
         for step in checkpoints if isinstance(checkpoints, list) else ():

@@ -62,6 +62,7 @@ def test_what_another_process_has_is_said_to_be_in_use(outputs, ls):
 
 
 def test_nothing_yet(tmp_path, ls):
+    (tmp_path / "outputs").mkdir()
     assert ls(tmp_path / "outputs") == [f"nothing in {tmp_path / 'outputs'} yet"]
 
 

@@ -13,7 +13,7 @@ import yaml
 from sae_runner.commands.job import Job
 from sae_runner.commands.report import main
 from sae_runner.config import config_dir
-from sae_runner.errors import ConfigError, InputError
+from sae_runner.errors import InputError
 
 MakeRun = Callable[..., Path]
 write_run = runpy.run_path(str(Path(__file__).parents[1] / "report" / "conftest.py"))["write_run"]
@@ -116,13 +116,14 @@ def test_a_damaged_report_is_named_the_others_shown_and_the_exit_code_is_1(
     assert "left out, 1 without a report.json: unfinished" in Path(out.split()[-1]).read_text()
 
 
-def test_only_damaged_reports_exit_with_1_and_write_nothing(
-    make_run: MakeRun, tmp_path: Path
+def test_only_damaged_reports_are_one_line_and_nothing_is_written(
+    make_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (make_run("bad") / "report.json").write_text("{}")
-    with pytest.raises(SystemExit) as stop:
+    for name in ("bad", "worse"):
+        (make_run(name) / "report.json").write_text("{}")
+    with pytest.raises(InputError, match=r"all 2 reports are damaged, the first: .*bad/report"):
         main(job(tmp_path))
-    assert stop.value.code == 1
+    assert not caplog.records
     assert not (tmp_path / "reports").exists()
 
 
@@ -143,15 +144,16 @@ def test_a_series_of_another_shape_costs_the_figures_not_the_report(
         ({"metrics": ["reconstruction.fvuu"]}, "metrics=reconstruction.fvuu: no run measured it."),
         ({"x": "sparsity.l_0"}, "x=sparsity.l_0: no run measured it. Did you mean 'sparsity.l0'?"),
         ({"y": "fvu"}, "y=fvu: no run measured it."),
-        ({"out": ["a", "b"]}, "report.out="),
-        ({"metrix": []}, "no key 'report.metrix'. Did you mean 'metrics'?"),
+        ({"out": "/proc/x"}, "out=/proc/x: cannot write in /proc"),
+        ({"out": ["a", "b"]}, "out="),
+        ({"metrix": []}, "no key 'metrix'. Did you mean 'metrics'?"),
     ],
 )
 def test_bad_options_are_one_line(
     make_run: MakeRun, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     make_run("a")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         main(job(tmp_path, **changes))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
