@@ -37,6 +37,7 @@ def save_checkpoint(
     state: dict[str, Any] | None = None,
     optimizer: dict[str, Tensor] | None = None,
     inference: SAE | None = None,
+    fold: bool = True,
 ) -> None:
     """Write a checkpoint folder atomically.
 
@@ -47,10 +48,12 @@ def save_checkpoint(
         state: JSON that a resume needs; None leaves `state/` out.
         optimizer: tensors that a resume needs.
         inference: what to fold in place of `sae` (averaged weights, a threshold that is measured).
+        fold: False keeps the latents of an SAE that is in raw units already as they are.
     """
     with files.atomic(folder) as temporary:
         temporary.mkdir()
-        folded = copy.deepcopy(inference or sae).fold()
+        folded = copy.deepcopy(inference or sae)
+        folded = folded.fold() if fold else folded
         files.write_tensors(temporary / "sae.safetensors", folded.tensors())
         hashes = {"sae.safetensors": files.sha256(temporary / "sae.safetensors")}
         if state is not None:
@@ -59,7 +62,13 @@ def save_checkpoint(
             files.write_tensors(temporary / "state" / "optimizer.safetensors", optimizer or {})
             for path in sorted((temporary / "state").iterdir()):
                 hashes[f"state/{path.name}"] = files.sha256(path)
-        cfg = {"schema": CHECKPOINT_SCHEMA, "sae": folded.config(), "d_in": sae.d_in, **facts}
+        cfg = {
+            "schema": CHECKPOINT_SCHEMA,
+            "sae": folded.config(),
+            "d_in": sae.d_in,
+            "d_out": sae.d_out,
+            **facts,
+        }
         hashes["cfg.json"] = _hash_of(cfg)
         files.write_json(temporary / "cfg.json", {**cfg, "sha256": hashes})
 
@@ -161,7 +170,7 @@ def load_sae(path: str | Path) -> SAE:
 
 def build_sae(facts: dict[str, Any]) -> SAE:
     """The SAE that cfg.json describes, without its weights."""
-    sae: SAE = SAES.build(facts["sae"], d_in=facts["d_in"])
+    sae: SAE = SAES.build(facts["sae"], d_in=facts["d_in"], d_out=facts.get("d_out", facts["d_in"]))
     return sae
 
 

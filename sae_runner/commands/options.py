@@ -84,6 +84,11 @@ class StoreOptions(NamedTuple):
             )
         return cls(type, dtype, seed, window_rows, mix_rows, max_norm_multiple, prefetch, verify)
 
+    def reading(self) -> dict[str, Any]:
+        """How rows are read from disk: which, in which order, and whether they are checked."""
+        names = ("max_norm_multiple", "mix_rows", "verify")
+        return {name: getattr(self, name) for name in names}
+
 
 class EvalOptions(NamedTuple):
     """The `eval` block: which rows the shared pass sees."""

@@ -6,6 +6,7 @@ This is where configs end: what is handed on takes plain typed arguments.
 """
 
 import functools
+import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -46,6 +47,7 @@ from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
 from sae_runner.site import TokenSelection, layout_key, resolve_sites
 from sae_runner.store.manifest import STORE_SCHEMA, read_json, selection_dir, sites_of
+from sae_runner.store.pair import PairedStore
 from sae_runner.store.reader import Activations, ActivationStore
 from sae_runner.store.window import WindowPlan
 from sae_runner.training.dead_latents import DEAD_LATENTS
@@ -92,6 +94,7 @@ class Pipeline:
         self.loading = Loading.from_config(self.cfg["model"], self.cfg["dataset"])
         site = dict(self.cfg["site"])
         self.wanted_sites = convert(site.pop("name"), str | list[str], "site.name")
+        self.wanted_target = convert(site.pop("target", None), str | None, "site.target")
         self.selection: TokenSelection = construct(
             TokenSelection.from_config, site, where="site", seed=self.store_options.seed
         )
@@ -115,6 +118,8 @@ class Pipeline:
         found = identity(self.cfg, names.RUN_GROUPS)
         # A glob, a host's own name and a selection's unused options mean one site and its tokens.
         found["site"] = {"name": self.site.name, "tokens": self.selection.slug}
+        if self.target is not None:
+            found["site"]["target"] = self.target.name
         if self.root.init_from:  # A start is what its weights are, not where they lie.
             found["init_from"] = start_hash(self.root.init_from)
         return found
@@ -186,8 +191,8 @@ class Pipeline:
         return self.shapes.sites()
 
     @cached_property
-    def infos(self) -> list[SiteInfo]:
-        """The sites that are asked for.
+    def inputs(self) -> list[SiteInfo]:
+        """The sites that `site.name` means.
 
         Raises:
             ConfigError: the model lacks one, or it cannot serve the token selection.
@@ -197,16 +202,43 @@ class Pipeline:
             self.selection.check(info)
         return infos
 
+    @cached_property
+    def target(self) -> SiteInfo | None:
+        """The site that a transcoder predicts.
+
+        Raises:
+            ConfigError: the model lacks it, or it has other tokens than the site that is read.
+        """
+        if self.wanted_target is None:
+            return None
+        try:
+            (info,) = resolve_sites(self.wanted_target, self.sites)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("site.name", "site.target")) from None
+        except ValueError:
+            raise ConfigError(f"site.target={self.wanted_target}: means several sites") from None
+        self.selection.check(info)
+        if self.layout(info) != self.layout(self.site):
+            raise ConfigError(
+                f"site.target={info.name}: its tokens are not those of site.name={self.site.name}"
+            )
+        return info
+
+    @cached_property
+    def infos(self) -> list[SiteInfo]:
+        """The sites that are cached: those that are read, and what a transcoder predicts."""
+        return [*self.inputs, *([] if self.target is None else [self.target])]
+
     @property
     def site(self) -> SiteInfo:
         """The one site that an SAE is trained on."""
-        if len(self.infos) != 1:
-            names = ",".join(info.name for info in self.infos[:3])
+        if len(self.inputs) != 1:
+            names = ",".join(info.name for info in self.inputs[:3])
             raise ConfigError(
-                f"site.name means {len(self.infos)} sites and an SAE takes one; "
+                f"site.name means {len(self.inputs)} sites and an SAE takes one; "
                 f"sweep over them with -m site.name={names}"
             )
-        return self.infos[0]
+        return self.inputs[0]
 
     @property
     def context(self) -> int | None:
@@ -239,12 +271,10 @@ class Pipeline:
         """The activations of the one site: memory-mapped, or computed as they are read."""
         options, info = self.store_options, self.site
         if options.kind == "disk":
-            return ActivationStore(
-                self.selection_dir(info),
-                max_norm_multiple=options.max_norm_multiple,
-                mix_rows=options.mix_rows,
-                verify=options.verify,
-            )
+            folder, reading = self.selection_dir(info), options.reading()
+            if self.target is not None:
+                return PairedStore(folder, self.selection_dir(self.target), **reading)
+            return ActivationStore(folder, **reading)
         from sae_runner.store.stream import StreamStore
 
         return StreamStore(
@@ -260,7 +290,9 @@ class Pipeline:
         import torch
 
         with torch.device(device):
-            sae: SAE = SAES.build(self.sae_options, d_in=d_in)
+            sae: SAE = SAES.build(
+                self.sae_options, d_in=d_in, d_out=d_in if self.target is None else self.target.d
+            )
         return sae
 
     @property
@@ -321,6 +353,7 @@ class Pipeline:
             check_expected(convert(self.cfg.get("expected"), list[Any] | None, "expected") or [])
         _ = self.raw_dataset, self.infos
         if train:
+            self._check_target()
             sae = self.build_sae(self.site.d, device="meta")
             DEAD_LATENTS.build(self.dead_latents, sae=sae, window=self.train_options.dead_window)
             for name, evaluator in self.evaluators.items():
@@ -328,6 +361,25 @@ class Pipeline:
                     evaluator.check(self.raw_dataset)
                 except ConfigError as error:
                     raise ConfigError(f"evaluators.{name}: {error}") from None
+
+
+    def _check_target(self) -> None:
+        """A transcoder needs a pair of sites, and nothing else takes one.
+
+        Raises:
+            ConfigError: one is given where none is taken, or the other way round.
+        """
+        kind = str(self.cfg["sae"]["type"])
+        takes = "d_out" in inspect.signature(SAES[kind]).parameters
+        if takes and self.target is None:
+            raise ConfigError(f"site.target=null: sae={kind} needs the site that it predicts")
+        if self.target is not None and not takes:
+            raise ConfigError(
+                f"site.target={self.target.name}: sae={kind} reconstructs what it reads; use "
+                "sae=transcoder, or null"
+            )
+        if self.target is not None and self.store_options.kind != "disk":
+            raise ConfigError(f"store={self.store_options.kind}: a pair of sites needs store=disk")
 
 
 def start_hash(source: str) -> str:

@@ -47,7 +47,7 @@ def check(job: Job) -> None:
     """Refuse what `train` would refuse; several sites are fine here."""
     pipeline = Pipeline(job.cfg, job.choices)
     pipeline.check(train=False)
-    if len(pipeline.infos) == 1:
+    if len(pipeline.inputs) == 1:
         return train.check(job)
     assert pipeline.train_options and pipeline.eval_options is not None
     assert pipeline.evaluators is not None
@@ -93,7 +93,7 @@ class Plan:
     @cached_property
     def sae(self) -> SAE | None:
         """The SAE without memory; None where there are several sites."""
-        if len(self.infos) != 1:
+        if len(self.pipeline.inputs) != 1:
             return None
         return self.pipeline.build_sae(self.infos[0].d, device="meta")
 

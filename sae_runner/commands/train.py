@@ -20,6 +20,7 @@ from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.caveats import warnings_about
 from sae_runner.commands.eval import evaluate, run_record
 from sae_runner.commands.job import Job
+from sae_runner.commands.origin import origin
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import checked_options, construct, resolve_device
 from sae_runner.errors import ConfigError, StoreError
@@ -251,27 +252,6 @@ def _named(key: str, value: str) -> Any:
         yield
     except StoreError as error:
         raise StoreError(str(error).replace(f"checkpoint={value}", f"{key}={value}")) from None
-
-
-def origin(pipeline: Pipeline, store: Activations) -> dict[str, Any]:
-    """Whose activations a checkpoint is trained on."""
-    if isinstance(store, ActivationStore):
-        source = store.source
-        model, dataset = source["model"], source["dataset"]
-        where = str(store.folder)
-    else:
-        model = {"name": pipeline.choices["model"], "fingerprint": pipeline.model.fingerprint(),
-                 **pipeline.model.describe()}  # fmt: skip
-        dataset = {**pipeline.dataset.describe(), "name": pipeline.choices["dataset"]}
-        where = "stream"
-    return {
-        "model": model,
-        "dataset": dataset,
-        "site": pipeline.site.name,
-        **({} if pipeline.target is None else {"target": pipeline.target.name}),
-        "tokens": pipeline.selection.slug,
-        "store": where,
-    }
 
 
 def warnings_of(pipeline: Pipeline, store: Activations) -> list[str]:

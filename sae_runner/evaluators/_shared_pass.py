@@ -31,8 +31,9 @@ def shared_pass(
     device = next(context.sae.parameters()).device
     progress, n_rows = Progress("eval", context.n_rows, "rows"), 0
     for batch in rows:
-        x = batch.x.to(device)
-        x_hat, latents = context.sae(x)
+        stored = batch.x.to(device)
+        x_hat, latents = context.sae(context.sae.input_of(stored))
+        x = context.sae.target_of(stored)
         shared = Rows(x, latents, x_hat, batch.example_id, batch.position, batch.label)
         for evaluator in evaluators.values():
             evaluator.update(shared)

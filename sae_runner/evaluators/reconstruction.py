@@ -61,10 +61,10 @@ class Reconstruction(Evaluator):
 
     def start(self, context: EvalContext) -> None:
         """Zero every sum."""
-        self.context, self.d_in = context, context.sae.d_in
+        self.context, self.d = context, context.sae.d_out
         mean = context.mean
         self.given_mean = None if mean is None else mean.detach().cpu().double()
-        self.moments = Moments(self.d_in, self.given_mean)
+        self.moments = Moments(self.d, self.given_mean)
         self.centred: Centred | None = Centred()
         # Until the mean is known: x, ‖r‖², example ids and positions of each batch.
         self.kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -142,15 +142,15 @@ class Reconstruction(Evaluator):
             n_resamples=self.n_bootstrap,
             seed=self.context.seed,
         )
-        series = self.centred.series(self.d_in) if self.centred and self.moments.n else {}
+        series = self.centred.series(self.d) if self.centred and self.moments.n else {}
         return Findings({"reconstruction": scalars.values}, ci, scalars.notes + notes, series)
 
     def _errors(self, scalars: Scalars) -> None:
         n, error = self.moments.n, self.moments.sum_error
         with_norm = self.sums["with_norm"]
-        scalars.ratio("mse", error, n * self.d_in, NO_ROWS)
+        scalars.ratio("mse", error, n * self.d, NO_ROWS)
         scalars.ratio("mse_sum", error, n, NO_ROWS)
-        scalars.ratio("mse_hugofry", self.sums["hugofry"], with_norm * self.d_in, NO_NORM)
+        scalars.ratio("mse_hugofry", self.sums["hugofry"], with_norm * self.d, NO_NORM)
         nmse = scalars.ratio("nmse_uncentred", self.sums["nmse"], with_norm, NO_NORM)
         name = "explained_variance_uncentred_per_token"
         if nmse is None:
@@ -225,7 +225,7 @@ class Reconstruction(Evaluator):
 
         statistics: dict[str, Statistic] = {}
         if "mse" in known:
-            statistics["mse"] = ratio_of("error", "rows", 1 / self.d_in)
+            statistics["mse"] = ratio_of("error", "rows", 1 / self.d)
         if explained and self.centred is not None:
             statistics["explained_variance"] = lambda sums: 1 - fvu(sums)
             statistics["fvu"] = fvu

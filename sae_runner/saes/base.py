@@ -49,7 +49,7 @@ class Common(TypedDict):
 class SAEOutput(NamedTuple):
     """What `sae(x)` gives."""
 
-    x_hat: Float[Tensor, "n d_in"]
+    x_hat: Float[Tensor, "n d_out"]
     """Reconstruction, in the units of x."""
     latents: Latents
 
@@ -60,13 +60,13 @@ class Loss(NamedTuple):
     total: Float[Tensor, ""]
     parts: dict[str, Tensor]
     """Summands of `total` before any weighting, by name, and other scalars worth a curve."""
-    x_hat: Float[Tensor, "n d_in"]
+    x_hat: Float[Tensor, "n d_out"]
     """Reconstruction in the units of x."""
     fired: Int64[Tensor, " d_sae"]
     """How many rows of the batch each latent was active in."""
     l0: Float[Tensor, ""]
     """Mean number of active latents of a row."""
-    residual: Float[Tensor, "n d_in"]
+    residual: Float[Tensor, "n d_out"]
     """What the reconstruction leaves over, in scaled units; no gradient flows through it."""
 
 
@@ -106,6 +106,8 @@ class SAE(nn.Module):
     def __init__(self, d_in: int, *, options: dict[str, Any], **common: Unpack[Common]) -> None:
         super().__init__()
         self.d_in = d_in
+        if not hasattr(self, "d_out"):  # A transcoder has set it.
+            self.d_out = d_in
         self.d_sae = width(d_in, common["d_sae"], common["expansion"])
         self.options = {**common, **options}
         self.target_l0 = common["target_l0"]
@@ -122,6 +124,8 @@ class SAE(nn.Module):
             self.register_buffer("whitening", torch.eye(d_in))
             self.register_buffer("unwhitening", torch.eye(d_in))
 
+    d_out: int
+    """Width of what is reconstructed."""
     input_scale: Tensor
     """s; 1 where rows are normalised or whitened, and after `fold`."""
     mean_baseline_mse: Tensor
@@ -133,9 +137,9 @@ class SAE(nn.Module):
     def make_weights(self) -> None:
         """Register the parameters; a kind whose weights are computed or tied has others."""
         self.W_enc_rows = nn.Parameter(torch.empty(self.d_sae, self.d_in))
-        self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_in))
+        self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_out))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
 
     def _check_options(self, common: Common) -> None:
         if common["decoder_norm"] == "unit" and common["decoder_init_norm"] != 1:
@@ -174,8 +178,8 @@ class SAE(nn.Module):
         return x * self.input_scale
 
     def unscaled(
-        self, x_hat: Float[Tensor, "n d_in"], x: Float[Tensor, "n d_in"] | None = None
-    ) -> Float[Tensor, "n d_in"]:
+        self, x_hat: Float[Tensor, "n d_out"], x: Float[Tensor, "n width"] | None = None
+    ) -> Float[Tensor, "n d_out"]:
         """Undo `scaled`; layer norm is undone only with the rows x that it normalised."""
         if self.input_scaling == "layer_norm":
             if x is None:
@@ -185,6 +189,14 @@ class SAE(nn.Module):
         if self.input_scaling == "whitening":
             return x_hat @ self.unwhitening + self.input_mean
         return x_hat / self.input_scale
+
+    def input_of(self, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n d_in"]:
+        """What it encodes of a store's rows: all, but for a transcoder."""
+        return rows
+
+    def target_of(self, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n d_out"]:
+        """What it reconstructs of a store's rows: all, but for a transcoder."""
+        return rows
 
     # -- The map ---------------------------------------------------------------------------------
 
@@ -221,7 +233,9 @@ class SAE(nn.Module):
         """Sparse latents of so few rows that [n, d_sae] fits; rows must not depend on others."""
         return Latents.from_dense(self.encode(x))
 
-    def decode_scaled(self, latents: Latents | Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
+    def decode_scaled(
+        self, latents: Latents | Float[Tensor, "n d_sae"]
+    ) -> Float[Tensor, "n d_out"]:
         """`f W_dec + b_dec`: the reconstruction of scaled rows."""
         if isinstance(latents, Latents):
             summed = sum_rows(self.W_dec, latents.indices, latents.values, latents.offsets)
@@ -229,7 +243,7 @@ class SAE(nn.Module):
             summed = latents @ self.W_dec
         return summed + self.b_dec
 
-    def decode(self, latents: Latents | Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
+    def decode(self, latents: Latents | Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_out"]:
         """The reconstruction in the units of x; with layer norm, of normalised rows."""
         return self.unscaled(self.decode_scaled(latents))
 
@@ -245,7 +259,7 @@ class SAE(nn.Module):
         """What a step minimises on raw activations x."""
 
     def error(
-        self, square: Float[Tensor, " n"], scaled: Float[Tensor, "n d_in"]
+        self, square: Float[Tensor, " n"], scaled: Float[Tensor, "n d_out"]
     ) -> tuple[str, Float[Tensor, ""]]:
         """Squared errors of rows, reduced as `loss_reduction` says, and what that is called.
 
@@ -256,20 +270,20 @@ class SAE(nn.Module):
             case "sum":
                 return "sse", square.mean()
             case "mean":
-                return "mse", square.mean() / self.d_in
+                return "mse", square.mean() / self.d_out
             case "normalised":
-                return "normalised_mse", square.mean() / self.d_in / self.mean_baseline_mse
+                return "normalised_mse", square.mean() / self.d_out / self.mean_baseline_mse
             case "row_norm":
                 norms = scaled.norm(dim=1)
                 # Nearly empty rows would outweigh all others.
                 norms = torch.maximum(norms, 0.01 * norms.mean()).clamp_min(1e-12)
-                return "mse_by_norm", (square / norms).mean() / self.d_in
+                return "mse_by_norm", (square / norms).mean() / self.d_out
 
     def loss_of(
         self,
-        x: Float[Tensor, "n d_in"],
-        scaled: Float[Tensor, "n d_in"],
-        x_hat: Float[Tensor, "n d_in"],
+        x: Float[Tensor, "n width"],
+        scaled: Float[Tensor, "n d_out"],
+        x_hat: Float[Tensor, "n d_out"],
         fired: Int64[Tensor, " d_sae"],
         **terms: tuple[float, Tensor],
     ) -> Loss:
@@ -306,11 +320,17 @@ class SAE(nn.Module):
             sample = self.scaled(stats.sample).cpu().double()  # On the CPU: Metal has no float64.
             mean = self.scaled(stats.mean.unsqueeze(0)).cpu().double()
             if self.input_scaling == "layer_norm":  # Which the mean row does not go through.
-                mean = sample.mean(0)
-            baseline = (sample - mean).square().mean()
-            if not baseline > 0:
-                raise DataError("sae.loss_reduction=normalised: all training activations are equal")
-            self.mean_baseline_mse.copy_(baseline)
+                mean = sample.mean(0, keepdim=True)
+            self.set_baseline(sample, mean)
+
+    def set_baseline(
+        self, sample: Float[Tensor, "n d_out"], mean: Float[Tensor, "1 d_out"]
+    ) -> None:
+        """Learn what a normalised loss divides by: the error of predicting the mean."""
+        baseline = (sample - mean).square().mean()
+        if not baseline > 0:
+            raise DataError("sae.loss_reduction=normalised: all training activations are equal")
+        self.mean_baseline_mse.copy_(baseline)
 
     @torch.no_grad()
     def initialise_weights(self, stats: ActivationStats, generator: torch.Generator) -> None:

@@ -84,20 +84,29 @@ class TopK(SAE):
         values, indices = self.choose(self.pre_activations(self.scaled(x)), self.k)
         return Latents.from_topk(values, indices, self.d_sae)
 
-    def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
+    def loss(self, x: Float[Tensor, "n width"], state: TrainState) -> Loss:
         """The reduced squared error on scaled activations, plus that with 4 k latents."""
-        scaled = self.scaled(x)
+        scaled, target = self.scaled(self.input_of(x)), self.scaled_target(x)
         pre_acts = self.pre_activations(scaled)
         k = round(annealed(self.k, self.k_start, self.k_anneal, state.progress))
         values, indices = self.choose(pre_acts, k)
-        x_hat = sum_rows(self.W_dec, indices, values) + self.b_dec
+        base = self.base_of(scaled)
+        x_hat = sum_rows(self.W_dec, indices, values) + base
         terms = {}
         if self.multi_topk > 0:
             more, where = self.choose(pre_acts, min(4 * k, self.d_sae))
-            residual = scaled - sum_rows(self.W_dec, where, more) - self.b_dec
-            terms["multi_topk"] = (self.multi_topk, self.error(residual.square().sum(1), scaled)[1])
+            residual = target - sum_rows(self.W_dec, where, more) - base
+            terms["multi_topk"] = (self.multi_topk, self.error(residual.square().sum(1), target)[1])
         fired = torch.bincount(indices[values != 0], minlength=self.d_sae)
-        return self.loss_of(x, scaled, x_hat, fired, **terms)
+        return self.loss_of(x, target, x_hat, fired, **terms)
+
+    def scaled_target(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n d_out"]:
+        """What a reconstruction is compared with."""
+        return self.scaled(x)
+
+    def base_of(self, scaled: Float[Tensor, "n d_in"]) -> Tensor:
+        """What is predicted of scaled rows when no latent fires."""
+        return self.b_dec
 
 
 def chosen_k(d_in: int, k: int, k_start: int | None, common: Common) -> int:

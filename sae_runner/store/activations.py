@@ -60,8 +60,18 @@ class Activations(ABC):
 
     @property
     def d_in(self) -> int:
-        """Width of a row."""
+        """Width of what is encoded."""
         return self.site.d
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed."""
+        return self.site.d
+
+    @property
+    def width(self) -> int:
+        """Width of a row: where a target lies beside the input, that of both."""
+        return self.d_in
 
     @abstractmethod
     def n_windows(self, split: Split) -> int:
@@ -111,7 +121,7 @@ class Activations(ABC):
             for part in torch.split(chosen, batch_size) if len(chosen) else ():
                 left -= len(part)
                 yield StoredRows(
-                    window["activations"][part].float(),
+                    torch.cat([side[part].float() for side in _sides(window)], dim=1),
                     window["example_id"][part].long(),
                     window["position"][part].long(),
                     window["label"][part].long() if "label" in window else None,
@@ -135,7 +145,7 @@ class Activations(ABC):
         """
         cursor = _Cursor(self, seed, split, start)
         while True:
-            x = torch.empty(len(range(rank, batch_size, world_size)), self.d_in)
+            x = torch.empty(len(range(rank, batch_size, world_size)), self.width)
             begun = taken = 0
             while begun < batch_size:
                 piece = cursor.group.order[cursor.position.offset :][: batch_size - begun]
@@ -159,13 +169,18 @@ def _whole_examples(
     return torch.from_numpy(np.isin(example, drawn[:n_examples]).nonzero()[0])
 
 
+def _sides(window: dict[str, Tensor]) -> list[Tensor]:
+    """What makes up a row: activations, and those of a target site where there is one."""
+    return [window[name] for name in ("activations", "target") if name in window]
+
+
 class _Group:
     """Some windows and one permutation of all their rows."""
 
     def __init__(self, windows: list[dict[str, Tensor]], generator: torch.Generator) -> None:
-        self.activations = [w["activations"] for w in windows]
+        self.sides = [_sides(w) for w in windows]
         self.keep = [w.get("keep") for w in windows]
-        sizes = [len(k if k is not None else a) for a, k in zip(self.activations, self.keep)]  # noqa: B905
+        sizes = [len(k if k is not None else s[0]) for s, k in zip(self.sides, self.keep)]  # noqa: B905
         self.starts = torch.tensor([0, *np.cumsum(sizes)])
         self.order = torch.randperm(int(self.starts[-1]), generator=generator)
 
@@ -181,12 +196,16 @@ class _Group:
                 self._take(i, rows[a:b] - self.starts[i], out[a:b])
 
     def _take(self, i: int, rows: Tensor, out: Tensor) -> None:
-        keep, source = self.keep[i], self.activations[i]
+        keep = self.keep[i]
         index = rows if keep is None else keep[rows]
-        if source.dtype == out.dtype:
-            torch.index_select(source, 0, index, out=out)
-        else:
-            out.copy_(source.index_select(0, index))
+        begin = 0
+        for source in self.sides[i]:
+            part = out[:, begin : begin + source.shape[1]]
+            if source.dtype == out.dtype and part.is_contiguous():
+                torch.index_select(source, 0, index, out=part)
+            else:
+                part.copy_(source.index_select(0, index))
+            begin += source.shape[1]
 
 
 class _Cursor:

@@ -135,10 +135,10 @@ class ActivationStore(Activations):
             split = self.manifest["splits"]["train"]
             mean = self._mean("train").float()
             return ActivationStats(mean, split["mean_norm"], split["mean_square_norm"], none)
-        total, norm, square = torch.zeros(self.d_in, dtype=torch.float64), 0.0, 0.0
+        total, norm, square = torch.zeros(self.width, dtype=torch.float64), 0.0, 0.0
         for rows in self.rows("train", 8192):
             x = rows.x.double()
-            norms = x.norm(dim=1)
+            norms = x[:, : self.d_in].norm(dim=1)
             total += x.sum(0)
             norm, square = norm + float(norms.sum()), square + float(norms.square().sum())
         n = max(1, self.n_rows("train"))

@@ -159,7 +159,8 @@ class Trainer:
     def begin(self) -> None:
         """Start the clocks, and learn what metrics need of the data."""
         # Before anything is read ahead: a stream is read front to back.
-        self.mean = self.store.stats(1).mean.to(self.device)
+        mean = self.store.stats(1).mean.to(self.device)
+        self.mean = self.sae.target_of(mean.unsqueeze(0))[0]
         self.journal.begin(self.step)
         self.saved_at = time.monotonic()
 
@@ -187,7 +188,8 @@ class Trainer:
             self.journal.timings(self.step, wait_s)
         stopping = bool(stop)  # A signal that comes later waits for the next step.
         if self.step in self.keep_at or last or stopping or self.save_is_due():
-            self.guardrails.check_sound(self.step, batch.x.to(self.device), loss, grad_norm)
+            target = self.sae.target_of(batch.x.to(self.device))
+            self.guardrails.check_sound(self.step, target, loss, grad_norm)
             self.save(wait_s, l0=float(loss.l0))
         if stop is not None and (stopping or (last and stop)):
             self._interrupt(stop)
@@ -242,7 +244,7 @@ class Trainer:
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=options.precision == "bf16"
             ):
-                loss = self.dead.add_to(sae.loss(part, state), part)
+                loss = self.dead.add_to(sae.loss(part, state), sae.input_of(part))
             (loss.total * (len(part) / len(x))).backward()  # type: ignore[no-untyped-call]
             losses.append(Loss(*(_detached(field) for field in loss)))
         sae.before_step()
@@ -264,7 +266,7 @@ class Trainer:
 
     def log_metrics(self, x: Tensor, loss: Loss, grad_norm: Tensor, lr: float) -> dict[str, float]:
         """Append one line to metrics.jsonl and hand it to the loggers."""
-        x = x.to(self.device)
+        x = self.sae.target_of(x.to(self.device))
         error = (x - loss.x_hat).square().sum()
         variance = (x - self.mean).square().sum()
         row: dict[str, float] = {

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from hydra.core.config_store import ConfigStore
-
 from hydra_plugins.sae_runner_together.launcher import TogetherLauncher as TogetherLauncher
 
 
