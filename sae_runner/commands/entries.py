@@ -205,7 +205,9 @@ def run_state(
         return f"damaged: {steps[-1].name}"
     if not steps:
         return "unfinished: no checkpoint"
-    trainer = config.get("trainer") or {}
+    trainer = config.get("trainer")
+    if trainer is None:  # An SAE of another library, which was not trained here.
+        trainer = {"n_tokens": 0, "batch_size": 1}
     try:
         n_steps = int(trainer["n_tokens"]) // int(trainer["batch_size"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):

@@ -12,12 +12,14 @@ from sae_runner import files
 from sae_runner.checkpoint import find_checkpoint, load_sae, read_facts, step_dirs
 from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.entries import read_config
+from sae_runner.commands.foreign import GROUP, WITHOUT_TRAINING, as_run, foreign_pipeline
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import plain, resolve_device
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.evaluators._shared_pass import shared_pass
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings
+from sae_runner.interchange import recognise
 from sae_runner.log import log_to
 from sae_runner.report.assemble import report_path, write_columns, write_report
 from sae_runner.report.figures import draw_run
@@ -41,11 +43,16 @@ def main(job: Job) -> None:
     pipeline = pipeline_of(job)
     pipeline.check()
     folder = find_checkpoint(asked_checkpoint(job))
-    run_dir = folder.parent.parent
-    with files.locked(run_dir), log_to(run_dir / "run.log"):
-        if pipeline.store_options.kind == "disk":
-            ensure_store(pipeline)
-        evaluate(run_dir, pipeline, force=pipeline.root.force, folder=folder)
+    is_foreign = recognise(folder) is not None
+    run_dir = pipeline.run_dir if is_foreign else folder.parent.parent
+    with files.locked(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with log_to(run_dir / "run.log"):
+            if pipeline.store_options.kind == "disk":
+                ensure_store(pipeline)
+            if is_foreign:
+                folder = as_run(folder, run_dir, pipeline, job)
+            evaluate(run_dir, pipeline, force=pipeline.root.force, folder=folder)
 
 
 def asked_checkpoint(job: Job) -> str:
@@ -78,8 +85,19 @@ def run_record(run_dir: Path) -> dict[str, Any]:
 
 
 def pipeline_of(job: Job) -> Pipeline:
-    """The pipeline of the run that a checkpoint belongs to, with this command's options."""
-    run = run_record(find_checkpoint(asked_checkpoint(job)).parent.parent)
+    """The pipeline of the run that a checkpoint belongs to, with this command's options.
+
+    Another library's SAE belongs to none: the command says whose activations it is measured on.
+    """
+    folder = find_checkpoint(asked_checkpoint(job))
+    if recognise(folder):
+        return foreign_pipeline(folder, job)
+    if given := [word for word in job.overrides if GROUP.match(word)]:
+        raise ConfigError(
+            f"{given[0]}: {job.cfg['checkpoint']} is measured on what it was trained on; this is "
+            "for SAEs of other libraries"
+        )
+    run = {**WITHOUT_TRAINING, **run_record(folder.parent.parent)}
     own = {key: job.cfg[key] for key in ("evaluators", "eval", "device", "force")}
     outputs = job.cfg.get("outputs") or run["outputs"]
     # A run's start may be gone by now; what it was is in its identity.
