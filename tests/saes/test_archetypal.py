@@ -199,7 +199,8 @@ def test_a_checkpoint_keeps_both_forms(small, rows, tmp_path):
 def test_without_candidates_it_is_topk(new, stats, rows):
     x, made = rows(100), []
     for kind in ("topk", "archetypal"):
-        sae = new(kind, 8, 24, n_candidates=None, decoder_norm="free")
+        same = {"decoder_norm": "free", "encoder_init": "transposed"}
+        sae = new(kind, 8, 24, n_candidates=None, **same)
         train(sae, x, stats, seed=0, n_steps=5)
         made.append(sae.tensors())
     assert made[0].keys() == made[1].keys()

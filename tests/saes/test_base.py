@@ -125,7 +125,7 @@ def test_random_directions_are_unit_and_centred():
 @every_kind
 def test_initialise_draws_from_its_generator_only(new, stats, rows, kind):
     before = torch.get_rng_state()
-    first, again, other = (new(kind, 8, 24) for _ in range(3))
+    first, again, other = (new(kind, 8, 24, encoder_init="transposed") for _ in range(3))
     for sae, seed in ((first, 5), (again, 5), (other, 6)):
         sae.initialise(stats(rows(50)), torch.Generator().manual_seed(seed))
     assert torch.equal(torch.get_rng_state(), before)
