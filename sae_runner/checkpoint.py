@@ -121,7 +121,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     if known := recognise(folder):
         sae, origin = known.read(folder)
-        return {"sae": sae.config(), "d_in": sae.d_in, "step": 0, "n_tokens": 0,
+        return {"sae": sae.config(), "d_in": sae.d_in, "d_out": sae.d_out, "step": 0, "n_tokens": 0,
                 "format": known.name, "origin": origin._asdict(),
                 "sha256": {"sae.safetensors": weights_hash(folder, known)}}  # fmt: skip
     try:

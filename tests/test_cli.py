@@ -94,6 +94,16 @@ BAD = {
     "type of nothing": (["train", "sae.type=foo"], "sae.type=foo: no such type"),
     "no checkpoint": (["eval"], "'checkpoint' needs a value"),
     "absent checkpoint": (["eval", "checkpoint=absent"], "checkpoint=absent: there is no such folder"),
+    "model for a run": (["eval", "checkpoint=absent", "model=toy"], "checkpoint=absent: there is no such folder"),
+    "no format": (["export", "checkpoint=absent"], "'format' needs a value. Choose from: dictionary_learning, saelens, sparsify."),
+    "unknown format": (["export", "checkpoint=absent", "format=sae_lens"], "format=sae_lens: no such format. Did you mean 'saelens'?"),
+    "nothing to export": (["export", "format=saelens"], "'checkpoint' needs a value"),
+    "absent checkpoint of export": (
+        ["export", "checkpoint=absent", "format=saelens"], "checkpoint=absent: there is no such folder"),
+    "place on the hub": (["export", "checkpoint=x", "format=saelens", "push_to=me/it"], "push_to=me/it: expected hf:org/repo"),
+    "checkpoint on the hub": (["eval", "checkpoint=hf:me"], "checkpoint=hf:me: expected hf:org/repo/path"),
+    "start on the hub": (["train", "init_from=hf:me"], "init_from=hf:me: expected hf:org/repo/path"),
+    "key of export": (["export", "formt=saelens"], "no key 'formt'. Did you mean 'format'?"),
     "absent data": (
         ["train", "model=tiny_clip", "dataset=cifar10", "dataset.path=./absent.parquet"], "dataset.path"),
     "absent text": (["train", "model=tiny_lm", "dataset=sst2", "dataset.path=./absent.tsv"], "dataset.path"),
@@ -217,6 +227,26 @@ def test_damaged_checkpoint_is_named(finished_run, in_process, capfd):
     assert in_process("eval", f"checkpoint={finished_run}", "force=true") == 2
     err = capfd.readouterr().err
     assert "no sound checkpoint" in one_line(err)
+
+
+def test_exports_that_cannot_be(finished_run, in_process, capfd, tmp_path):
+    words = ["export", f"checkpoint={finished_run}"]
+    before = set(tmp_path.rglob("*"))
+    for more, message in (
+        (["format=saelens"], "site activations is no hook of TransformerLens; hook_name= sets"),
+        (["format=sparsify", f"out={finished_run}"], "is there already: force=true replaces it"),
+        (["format=sparsify", f"out={finished_run}", "force=true"], "holds no sparsify SAE: it is not"),
+    ):
+        assert in_process(*words, *more) == 2
+        assert message in one_line(capfd.readouterr().err)
+    assert set(tmp_path.rglob("*")) == before
+    words = [w for w in QUICK if not w.startswith("sae.k")]
+    assert in_process("train", *words, "sae=relu", "run_name=relu") == 0
+    capfd.readouterr()
+    assert in_process("export", "checkpoint=relu", "format=sparsify") == 2
+    line = one_line(capfd.readouterr().err)
+    assert "format=sparsify: it has no SAE like sae.type=relu" in line
+    assert not (tmp_path / "outputs" / "exports").exists()
 
 
 # -- What works --------------------------------------------------------------------------------

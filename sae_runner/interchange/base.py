@@ -185,7 +185,7 @@ def build(kind: str, d_in: int, tensors: Mapping[str, Tensor], where: Path, **op
                 "target_l0": None, "units": None, "expansion": None}  # fmt: skip
     cfg = {**preset("sae", kind), **as_it_is, "d_sae": len(tensors["W_dec"]), **options}
     try:
-        sae: SAE = SAES.build(cfg, d_in=d_in)
+        sae: SAE = SAES.build(cfg, d_in=d_in, d_out=tensors["W_dec"].shape[1])
     except ConfigError as error:
         raise StoreError(f"{where}: {error}") from None
     sae.load_tensors({**sae.tensors(), **tensors})

@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from interchange_folders import D_IN, D_SAE, largest, numpy
-from safetensors.torch import load_file
+from interchange_folders import D_IN, D_SAE, draw, largest, numpy
+from safetensors.torch import load_file, save_file
 
 from sae_runner import load_sae
+from sae_runner.config import preset
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.interchange import recognise
 from sae_runner.interchange.base import Origin
 from sae_runner.interchange.sparsify import Sparsify
+from sae_runner.saes import SAES
 
 
 def compute(folder, x):
@@ -21,13 +23,15 @@ def compute(folder, x):
         json.loads((folder / "cfg.json").read_text()),
         numpy(load_file(folder / "sae.safetensors")),
     )
-    z = np.maximum((x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"], 0)
+    centre = 0 if cfg["transcode"] else t["b_dec"]
+    z = np.maximum((x - centre) @ t["encoder.weight"].T + t["encoder.bias"], 0)
     if cfg["activation"] == "topk":
         acts = z * largest(z, cfg["k"])
     else:
         groups = z.reshape(len(z), cfg["k"], -1)
         acts = (groups * (groups == groups.max(2, keepdims=True))).reshape(z.shape)
-    return acts, acts @ t["W_dec"] + t["b_dec"]
+    past = x @ t["W_skip"].T if cfg["skip_connection"] else 0
+    return acts, acts @ t["W_dec"] + past + t["b_dec"]
 
 
 @pytest.mark.parametrize(("activation", "k"), [("topk", 3), ("groupmax", 7)])
@@ -39,11 +43,52 @@ def test_both_activations_compute_what_sparsify_does(sparsify_folder, x, activat
     assert Sparsify().read(folder).origin.hook == "layers.3"
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoders_compute_what_sparsify_does(sparsify_folder, trained_transcoder, x, skip):
+    folder = sparsify_folder(transcode=True, skip_connection=skip)
+    if skip:
+        weights = load_file(folder / "sae.safetensors")
+        save_file({**weights, "W_skip": draw(D_IN, D_IN, seed=8)}, folder / "sae.safetensors")
+    sae, (acts, y_hat) = load_sae(folder), compute(folder, x.double().numpy())
+    assert sae.kind == "transcoder"
+    np.testing.assert_allclose(sae.encode(x).double().numpy(), acts, atol=1e-5)
+    np.testing.assert_allclose(sae(x).x_hat.double().numpy(), y_hat, atol=1e-5)
+    ours = trained_transcoder(skip=skip)
+    Sparsify().write(folder, ours, Origin())
+    cfg = json.loads((folder / "cfg.json").read_text())
+    assert cfg["transcode"] and cfg["skip_connection"] == skip
+    assert ("W_skip" in load_file(folder / "sae.safetensors")) == skip
+    acts, y_hat = compute(folder, x.double().numpy())
+    for found in (ours, load_sae(folder)):
+        np.testing.assert_allclose(found.encode(x).double().numpy(), acts, atol=1e-5)
+        np.testing.assert_allclose(found(x).x_hat.double().numpy(), y_hat, atol=1e-5)
+
+
+def test_a_transcoder_between_widths_has_no_place_there(trained_transcoder, tmp_path):
+    with pytest.raises(ConfigError, match=r"sae.type=transcoder with d_in=6 and d_out=5"):
+        Sparsify().write(tmp_path, trained_transcoder(d_out=5), Origin())
+
+
+@pytest.fixture
+def trained_transcoder():
+    def trained_transcoder(d_out=D_IN, **options):
+        cfg = preset("sae", "transcoder") | {"d_sae": D_SAE, "expansion": None, "k": 3, **options}
+        sae = SAES.build({**cfg, "loss_reduction": "sum"}, d_in=D_IN, d_out=d_out)
+        with torch.no_grad():
+            for i, parameter in enumerate(sae.parameters()):
+                parameter.copy_(draw(*parameter.shape, seed=i, scale=0.5))
+            sae.input_scale.fill_(0.5)
+            sae.target_scale.fill_(2.0)
+        return sae.fold().eval().requires_grad_(False)
+
+    return trained_transcoder
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"transcode": True}, "transcode=true: transcoders"),
-        ({"skip_connection": True}, "skip_connection=true: transcoders"),
+        ({"transcode": True, "skip_connection": True}, "tensor 'W_skip' is absent"),
+        ({"skip_connection": True}, "skip_connection=true without transcode"),
         ({"activation": "jumprelu"}, "activation='jumprelu': only topk and groupmax"),
         ({"signed": True}, "field 'signed'=True is unknown here"),
         ({"num_latents": 0}, r"W_dec has shape \(14, 6\), expected \(192, 6\)"),
