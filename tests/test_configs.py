@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sae_runner.config import checked_options, config_dir
+from sae_runner.config import checked_options, config_dir, construct
 from sae_runner.data import COMMON_KEYS as DATASET_KEYS
 from sae_runner.data import DATASETS
 from sae_runner.evaluators import EVALUATORS
@@ -14,6 +15,7 @@ from sae_runner.models import COMMON_KEYS as MODEL_KEYS
 from sae_runner.models import MODELS
 from sae_runner.saes import SAES
 from sae_runner.training.dead_latents import DEAD_LATENTS
+from sae_runner.training.options import TrainOptions
 
 ROOT = Path(config_dir())
 REGISTRIES = {"model": MODELS, "dataset": DATASETS, "sae": SAES}
@@ -41,6 +43,12 @@ def test_every_option_composes_and_fits_its_class(path):
         assert list(cfg["evaluators"]) == [option]
         EVALUATORS.check(cfg["evaluators"][option])
     if group == "experiment":
+        train_options = construct(TrainOptions.from_config, cfg["trainer"], where="trainer")
+        options = {k: v for k, v in cfg["sae"].items() if k != "dead_latents"}
+        with torch.device("meta"):
+            sae = SAES.build(options, d_in=512, d_out=512)
+            strategy = cfg["sae"]["dead_latents"]
+            DEAD_LATENTS.build(strategy, sae=sae, window=train_options.dead_window)
         assert cfg["expected"] is None or isinstance(cfg["expected"], list)
 
 
@@ -82,7 +90,7 @@ def test_groups_without_a_registry_fit_their_options():
     from sae_runner.training.trainer import TrainOptions
 
     cfg = OmegaConf.to_container(composed(), resolve=True)
-    site = {k: v for k, v in cfg["site"].items() if k != "name"}
+    site = {k: v for k, v in cfg["site"].items() if k not in ("name", "target")}
     for target, options, where in (
         (StoreOptions.from_config, cfg["store"], "store"),
         (TrainOptions.from_config, cfg["trainer"], "trainer"),

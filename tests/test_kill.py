@@ -1,0 +1,101 @@
+"""A run killed at any moment and typed again ends with the bits of one that never was."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sae_runner.config import options_of
+
+QUICK = [
+    "model=toy", "dataset.n_examples=6000", "dataset.d=32", "dataset.n_features=64",
+    "sae.expansion=8", "trainer.n_tokens=40960", "trainer.batch_size=256", "trainer.log_every=5",
+    "trainer.dead_window=4096", "trainer.save_every=0", "trainer.n_calibration=512",
+    "evaluators=[sparsity]", "evaluators.sparsity.n_bootstrap=50",
+]  # fmt: skip
+RESAMPLE = ["sae/dead_latents=resample", "sae.dead_latents.n_rows=2048",
+            "sae.dead_latents.lr_warmup=0.1"]  # fmt: skip
+SAMPLE = {
+    "topk-auxk-ema": ["sae=topk", "sae.k=4", "trainer.ema=0.9"],
+    "relu-resample-target": ["sae=relu", "sae.target_l0=4", *RESAMPLE],
+    "gated-ghost_grads": ["sae=gated", "sae/dead_latents=ghost_grads"],
+}
+WITHOUT = {
+    "resample": {"archetypal", "transcoder", "matching_pursuit"},
+    "pre_act": {"topk", "batch_topk", "matryoshka", "matching_pursuit", "archetypal"},
+    "ghost_grads": {"matching_pursuit"},
+    "auxk": set[str](), "none": set[str](),
+}  # fmt: skip
+"""Kinds of SAE that refuse a strategy, or are tested elsewhere."""
+EVERY = {
+    f"{kind}-{strategy}": [f"sae={kind}", f"sae/dead_latents={strategy}"]
+    for kind in options_of("sae") if kind != "transcoder"
+    for strategy, without in WITHOUT.items() if kind not in without
+}  # fmt: skip
+
+
+def command(words):
+    return [sys.executable, "-m", "sae_runner", "train", *words]
+
+
+def finish(words, cwd):
+    """What a run that is not disturbed says on standard error."""
+    done = subprocess.run(
+        command(words), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def results(folder):
+    (run,) = folder.glob("outputs/train/[!.]*")
+    found = {"metrics": (run / "metrics.jsonl").read_bytes()}
+    for path in run.glob("checkpoints/*/**/*"):
+        if path.is_file():
+            found[str(path.relative_to(run))] = path.read_bytes()
+    report = json.loads((run / "report.json").read_text())
+    found["report"] = report["evaluators"]["sparsity"]["metrics"]
+    found["training"] = report["training"]
+    return found
+
+
+def is_killed_and_ends_the_same(words, tmp_path, seed, n_kills):
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    finish(words, folders[0])
+    chance = random.Random(seed)
+    for _ in range(n_kills):
+        process = subprocess.Popen(
+            command(words), cwd=folders[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        steps = folders[1] / "outputs" / "train"
+        before = set(steps.glob("*/checkpoints/step_*"))
+        # From its own first checkpoint on, at any moment: also while one is being written.
+        while process.poll() is None and set(steps.glob("*/checkpoints/step_*")) <= before:
+            time.sleep(0.005)
+        time.sleep(chance.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    err = finish(words, folders[1])
+    assert results(folders[1]) == results(folders[0])
+    return err
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_of_kinds_and_strategies(name, tmp_path):
+    err = is_killed_and_ends_the_same([*QUICK, *SAMPLE[name]], tmp_path, seed=1, n_kills=1)
+    assert "going on from step_" in err or "training is done" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_every_kind_with_every_strategy(name, tmp_path):
+    words = [*QUICK, *EVERY[name]]
+    if "-resample" in name:
+        words += RESAMPLE[1:]
+    is_killed_and_ends_the_same(words, tmp_path, seed=hash(name) % 1000, n_kills=3)
