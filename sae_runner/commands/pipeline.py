@@ -362,7 +362,6 @@ class Pipeline:
                 except ConfigError as error:
                     raise ConfigError(f"evaluators.{name}: {error}") from None
 
-
     def _check_target(self) -> None:
         """A transcoder needs a pair of sites, and nothing else takes one.
 

@@ -22,14 +22,14 @@ class PAnneal(SAE):
         f = ReLU((s x − b_dec) W_enc + b_enc),    x_hat = (f W_dec + b_dec) / s,
         S_p = mean over rows of Σ_i (f_i + ε)^p − ε^p
 
-    with decoder rows of norm 1. p is `p_start` until `anneal_start` (a share of training) and takes
-    `n_p` evenly spaced values, the last of them `p_end`, each for an equal part of the rest. Where
-    it changes λ is multiplied by mean S_p,old / mean S_p,new of the last 10 steps. ε is not in the
-    paper: without it the gradient at a latent that barely fires has no bound if p < 1; with it, it
-    has p ε^(p−1). Latents that are 0 add nothing.
+    with decoder rows of norm 1. p is `p_start` until `anneal_start` (a share of training), takes
+    `n_p` evenly spaced values, each for an equal part of the time until `anneal_end`, and keeps the
+    last of them, `p_end`. Where it changes λ is multiplied by mean S_p,old / mean S_p,new of the
+    last 10 steps. ε is not in the paper: without it the gradient at a latent that barely fires has
+    no bound if p < 1; with it, it has p ε^(p−1). Latents that are 0 add nothing.
 
     Raises:
-        ConfigError: p is to grow.
+        ConfigError: p is to grow, or to end falling before it begins.
     """
 
     kind = "p_anneal"
@@ -45,19 +45,24 @@ class PAnneal(SAE):
         p_end: PositiveFloat,
         n_p: Positive,
         anneal_start: Fraction,
+        anneal_end: Fraction,
         epsilon: PositiveFloat,
         **common: Unpack[Common],
     ) -> None:
         if p_end > p_start:
             raise ConfigError(f"sae.p_end={p_end:g}: must be <= p_start={p_start:g}")
+        if anneal_end < anneal_start:
+            raise ConfigError(
+                f"sae.anneal_end={anneal_end:g}: before anneal_start={anneal_start:g}"
+            )
         options = {
             "sparsity_coefficient": sparsity_coefficient, "p_start": p_start, "p_end": p_end,
-            "n_p": n_p, "anneal_start": anneal_start, "epsilon": epsilon,
+            "n_p": n_p, "anneal_start": anneal_start, "anneal_end": anneal_end, "epsilon": epsilon,
         }  # fmt: skip
         super().__init__(d_in, options=options, **common)
         self.sparsity_coefficient, self.epsilon = sparsity_coefficient, epsilon
         self.p_start, self.p_end, self.n_p = p_start, p_end, n_p
-        self.anneal_start = anneal_start
+        self.anneal_start, self.anneal_end = anneal_start, anneal_end
         self.register_buffer("p_index", torch.zeros((), dtype=torch.int64))
         self.register_buffer("p_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("recorded", torch.zeros(N_RECORDED, 2, dtype=torch.float32))
@@ -78,7 +83,8 @@ class PAnneal(SAE):
 
     def index_at(self, progress: float) -> int:
         """The number of the value of p at this share of the steps."""
-        share = (progress - self.anneal_start) / max(1 - self.anneal_start, 1e-9)
+        length = max(self.anneal_end - self.anneal_start, 1e-9)
+        share = (progress - self.anneal_start) / length
         return min(max(int(share * self.n_p + 1e-9), 0), self.n_p - 1)
 
     def p_of(self, index: int) -> float:

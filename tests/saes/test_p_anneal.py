@@ -28,7 +28,13 @@ def reference(p: dict, x: np.ndarray, power: float, epsilon: float) -> tuple[flo
 @pytest.fixture
 def small(make):
     def build(**options):
-        options = {"sparsity_coefficient": 0.3, "n_p": 5, "anneal_start": 0.2, **options}
+        options = {
+            "sparsity_coefficient": 0.3,
+            "n_p": 5,
+            "anneal_start": 0.2,
+            "anneal_end": 1.0,
+            **options,
+        }
         return make("p_anneal", D_IN, D_SAE, **options).double()
 
     return build
@@ -70,6 +76,15 @@ def test_p_falls_from_anneal_start_on_in_equal_parts(small, rows):
     seen = [sae.loss(x, TrainState(1.0, t / 100)).parts["p"].item() for t in range(100)]
     expected = [1.0] * 36 + [0.8] * 16 + [0.6] * 16 + [0.4] * 16 + [0.2] * 16
     np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+
+def test_p_has_fallen_by_anneal_end(small, rows):
+    sae, x = small(anneal_end=0.7), rows(4, D_IN).double()
+    seen = [sae.loss(x, TrainState(1.0, t / 100)).parts["p"].item() for t in range(100)]
+    expected = [1.0] * 30 + [0.8] * 10 + [0.6] * 10 + [0.4] * 10 + [0.2] * 40
+    np.testing.assert_allclose(seen, expected, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"sae\.anneal_end=0\.1: before anneal_start=0\.2"):
+        small(anneal_end=0.1)
 
 
 def test_without_an_anneal_p_stays(small, rows):
