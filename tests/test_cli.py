@@ -235,7 +235,10 @@ def test_exports_that_cannot_be(finished_run, in_process, capfd, tmp_path):
     for more, message in (
         (["format=saelens"], "site activations is no hook of TransformerLens; hook_name= sets"),
         (["format=sparsify", f"out={finished_run}"], "is there already: force=true replaces it"),
-        (["format=sparsify", f"out={finished_run}", "force=true"], "holds no sparsify SAE: it is not"),
+        (
+            ["format=sparsify", f"out={finished_run}", "force=true"],
+            "holds no sparsify SAE: it is not",
+        ),
     ):
         assert in_process(*words, *more) == 2
         assert message in one_line(capfd.readouterr().err)
