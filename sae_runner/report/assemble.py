@@ -60,6 +60,7 @@ def write_report(
             "checkpoint": checkpoint,
             "step": facts["step"],
             "n_tokens": facts["n_tokens"],
+            **{key: facts[key] for key in ("site", "tokens") if key in facts},
         },
         "config": config,
         "choices": choices,

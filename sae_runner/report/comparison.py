@@ -52,8 +52,11 @@ def config_differences(configs: Sequence[Mapping[str, Any]]) -> Differences:
     groups = list(dict.fromkeys(key.split(".")[0] for key in keys))
     for key in sorted(keys, key=lambda key: groups.index(key.split(".")[0])):
         values = [config.get(key, ABSENT) for config in configs]
-        if len({json.dumps(v, sort_keys=True, default=repr) for v in values}) == 1:
-            found.same[key] = values[0]
+        known = values
+        if key.startswith("evaluators."):  # One that a run lacks measured nothing differently.
+            known = [value for value in values if value is not ABSENT]
+        if len({json.dumps(v, sort_keys=True, default=repr) for v in known}) == 1:
+            found.same[key] = known[0]
         elif key in RUNTIME_KEYS or key.split(".")[0] in OUTSIDE:
             found.runtime[key] = values
         elif key.split(".")[0] in MEASURING:
@@ -72,11 +75,12 @@ class Identity(NamedTuple):
 
 
 def identity(run: Run) -> Identity:
-    """Fingerprints of weights and data from the header, the site as the evaluators resolved it."""
-    fingerprints = run.report["fingerprints"]
+    """Fingerprints of weights and data, and the site as the run or its evaluators resolved it."""
+    fingerprints, header = run.report["fingerprints"], run.report["run"]
     sites = [envelope["site"] for envelope in run.evaluators.values() if envelope["site"]]
-    site = sites[0] if sites else run.report["config"].get("site")
-    text = "; ".join(f"{k} {v}" for k, v in sorted(flat(site).items())) if site else None
+    if "site" in header:
+        sites = [{"name": header["site"], "tokens": header["tokens"]}]
+    text = f"name {sites[0]['name']}; tokens {sites[0]['tokens']}" if sites else None
     return Identity(
         fingerprints.get(MODEL_FINGERPRINT), fingerprints.get(DATASET_FINGERPRINT), text
     )

@@ -36,7 +36,8 @@ def pareto_figure(comparison: Comparison) -> Any:
         for i in (i for i in group.runs if i in known):
             kind = kinds.index(str(runs[i].config.get("sae.type", "sae")))
             _draw_run(panel, comparison, i, COLOURS[kind % len(COLOURS)], n, filled=i in front)
-    _draw_legend(panel, comparison, kinds)
+    _draw_labels(panel, comparison, known)
+    _draw_legend(panel, comparison, kinds, known)
     for axis, name in (("x", x), ("y", y)):
         values = [float(runs[i].metrics[name] or 0) for i in known]
         if min(values) > 0 and max(values) / min(values) > 20:
@@ -76,14 +77,27 @@ def _draw_run(
         x, y, **arms, fmt=MARKERS[group % len(MARKERS)], color=colour, ecolor=colour, zorder=3,
         markersize=6.5, markerfacecolor=colour if filled else "white", elinewidth=1, capsize=0,
     )  # fmt: skip
-    if len(comparison.runs) <= MAX_LABELS:
-        panel.annotate(f"{i + 1}", (x, y), (4, 4), textcoords="offset points", fontsize=7.5)
 
 
-def _draw_legend(panel: Any, comparison: Comparison, kinds: list[str]) -> None:
+def _draw_labels(panel: Any, comparison: Comparison, known: list[int]) -> None:
+    """The number of each run; points that lie on each other share one label."""
+    if len(comparison.runs) > MAX_LABELS:
+        return
+    together: dict[tuple[str, str], list[int]] = {}
+    for i in known:
+        x, y = _point(comparison, i)
+        together.setdefault((f"{x:.3g}", f"{y:.3g}"), []).append(i)
+    for runs in together.values():
+        text, place = ", ".join(str(i + 1) for i in runs), _point(comparison, runs[0])
+        panel.annotate(text, place, (4, 4), textcoords="offset points", fontsize=7.5)
+
+
+def _draw_legend(panel: Any, comparison: Comparison, kinds: list[str], known: list[int]) -> None:
     for n, kind in enumerate(kinds):
         panel.plot([], [], "s", color=COLOURS[n % len(COLOURS)], label=kind)
     for n, group in enumerate(comparison.groups if len(comparison.groups) > 1 else []):
+        if not set(group.runs) & set(known):
+            continue
         marker = MARKERS[n % len(MARKERS)]
         label = f"group {group.letter}{', not comparable with A' if n else ''}"
         panel.plot([], [], marker, color=GREY, label=label)

@@ -14,6 +14,7 @@ from sae_runner.report.comparison import (
     higher_is_better,
     letter,
 )
+from sae_runner.report.pareto import pareto_figure
 from sae_runner.report.runs import Run, load_runs
 
 MakeRun = Callable[..., Path]
@@ -90,7 +91,7 @@ def test_config_differences_are_told_apart_by_what_they_change() -> None:
 def test_how_runs_were_measured_is_no_part_of_what_was_trained() -> None:
     first = {"evaluators.recovery.type": "recovery", "eval.n_rows": 100, "trainer.lr": 1}
     found = config_differences([first, {"eval.n_rows": 200, "trainer.lr": 2}])
-    assert list(found.measuring) == ["evaluators.recovery.type", "eval.n_rows"]
+    assert list(found.measuring) == ["eval.n_rows"]
     assert list(found.differing) == ["trainer.lr"]
 
 
@@ -158,6 +159,24 @@ def test_runs_of_another_subject_are_not_comparable(
     assert comparison.remarks == [f"group B (#3) is not comparable with group A: {why}"]
     # It would dominate everything: it must not, being in another group.
     assert comparison.fronts == [[0, 1], [2]]
+
+
+def test_a_run_that_was_not_evaluated_is_comparable_where_its_header_names_the_site(make_run):
+    header = {"id": "a", "checkpoint": "c", "step": 1, "n_tokens": 2, "site": "activations"}
+    bare = make_run("bare", report={"run": header | {"tokens": "all"}, "evaluators": {}})
+    other = make_run("other", report={"run": header | {"tokens": "cls"}, "evaluators": {}})
+    comparison = compare(load(make_run("a"), bare, other), [], X, Y)
+    assert [[comparison.runs[i].name for i in g.runs] for g in comparison.groups] == [
+        ["a", "bare"], ["other"],
+    ]  # fmt: skip
+    figure = pareto_figure(comparison)
+    (panel,) = figure.axes
+    assert not any("group B" in text.get_text() for text in panel.get_legend().get_texts())
+
+
+def test_an_evaluator_that_a_run_lacks_measured_nothing_differently():
+    found = config_differences([{"evaluators.sparsity.type": "sparsity"}, {"sae.k": 3}])
+    assert found.measuring == {} and list(found.differing) == ["sae.k"]
 
 
 def test_an_unknown_fingerprint_equals_nothing_not_even_another_one(make_run: MakeRun) -> None:

@@ -293,6 +293,13 @@ def test_pareto_points_are_the_runs_and_filled_on_the_frontier(
     assert [path.read_bytes() for path in draw_pareto(comparison, tmp_path)] == first
 
 
+def test_points_on_each_other_share_a_label(make_run: MakeRun) -> None:
+    values = [(10.0, 0.5), (20.0, 0.2), (10.001, 0.5)]
+    folders = [make_run(f"r{i}", metrics={X: a, Y: b}, ci={}) for i, (a, b) in enumerate(values)]
+    figure = pareto_figure(compare(load_runs(folders)[0], [], X, Y))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1, 2", "3"]
+
+
 def test_pareto_without_both_metrics_is_no_figure(make_run: MakeRun, tmp_path: Path) -> None:
     runs, _ = load_runs([make_run()])
     assert draw_pareto(compare(runs, [], X, "recovery.f1_firing"), tmp_path) == []
