@@ -3,6 +3,8 @@
 import glob
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,10 @@ from sae_runner.errors import DataError, did_you_mean, nearest
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _HASHED_WHOLE = 2**28  # bytes; of more than that only samples are read
 _BLOCK = 2**20
+
+
+class OneSplit(DataError):
+    """A folder that has one split only was asked for another."""
 
 
 @dataclass
@@ -47,7 +53,7 @@ def open_source(
         key: option of the dataset that `path` came from, for messages.
 
     Raises:
-        DataError: nothing is there, or not that split.
+        DataError: nothing is there, or not that split (OneSplit where a folder has but one).
     """
     import datasets
 
@@ -75,7 +81,7 @@ def open_source(
     except DataError:
         raise
     except Exception as error:  # A dozen kinds, by builder; each ends here as one line.
-        raise DataError(_explain(error, where, split, bool(files))) from None
+        raise _explained(error, where, split, bool(files)) from None
     root = Path(path).expanduser() if Path(path).expanduser().is_dir() else files[0].parent
     chosen = split if root == Path(path).expanduser() else None
     return Source(table, {"files": content_hash(files, root), "split": chosen})
@@ -151,16 +157,18 @@ def _refuse_absent(path: str, where: str) -> None:
     raise DataError(f"{where}: no such file or folder, or it is empty.{hint}")
 
 
-def _explain(error: Exception, where: str, split: str | None, is_local: bool) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = (lines[0] if lines else type(error).__name__)[:200]
-    if "no data" in reason:
-        return f"{where}: no examples in it"
+def _explained(error: Exception, where: str, split: str | None, is_local: bool) -> DataError:
+    cause = error.__cause__ or error  # The library wraps what pyarrow says.
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    reason = (lines[0] if lines else type(cause).__name__)[:200]
+    if "no data" in reason or "BatchSize must be greater than 0" in reason:
+        return DataError(f"{where}: no examples in it")
     if "split" in reason.lower() and isinstance(error, ValueError):
-        return f"{where}: no split {split!r}. {reason}"
+        alone = is_local and re.search(r"one of \['[^']*'\]", reason)
+        return (OneSplit if alone else DataError)(f"{where}: no split {split!r}. {reason}")
     if is_local:
-        return f"{where}: cannot be read ({reason})"
-    return (
+        return DataError(f"{where}: cannot be read ({reason})")
+    return DataError(
         f"{where}: not a file or folder here, and the hub did not give it ({reason}); give a local "
         "parquet file, folder or glob"
     )
@@ -189,7 +197,7 @@ def _quietly() -> Iterator[None]:
 
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # It logs what it raises, too.
     try:
         yield
     finally:

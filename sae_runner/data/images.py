@@ -1,6 +1,7 @@
 """Images from parquet, arrow, image folders, webdataset tars or the Hugging Face hub."""
 
 import logging
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
@@ -11,7 +12,7 @@ from PIL import Image
 
 from sae_runner.config import Fraction, NonNegative, Positive
 from sae_runner.data import DATASETS
-from sae_runner.data._sources import Source, fingerprint_of, open_source
+from sae_runner.data._sources import OneSplit, Source, fingerprint_of, open_source
 from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable, split_ids
 from sae_runner.errors import ConfigError, DataError, did_you_mean
 
@@ -92,7 +93,12 @@ class Images(Dataset):
             self._refuse_second_source()
             where = heldout_path or path
             key = "path" if heldout_path is None else "heldout_path"
-            self.sources.append(open_source(where, heldout_split or split, **hub, key=key))
+            try:
+                self.sources.append(open_source(where, heldout_split or split, **hub, key=key))
+            except OneSplit as error:
+                if heldout_path is not None:
+                    raise
+                log.info("%s: a share of it is held out", error)
         features = features_of(self.sources[0], path)
         wanted = {
             "image_column": image_column, "label_column": label_column,
@@ -168,7 +174,8 @@ class Images(Dataset):
         try:
             image = decode(row[self.columns["image_column"] or ""])
         except Exception as error:  # Whatever a decoder raises, the image cannot be used.
-            return Unreadable(i, f"{type(error).__name__}: {error}")
+            reason = re.sub(r" ?<[^<>]* at 0x\w+>", "", str(error))  # An address helps nobody.
+            return Unreadable(i, f"{type(error).__name__}: {reason}")
         label = self._label(row)
         caption = row.get(self.columns["caption_column"] or "")
         if isinstance(caption, list | tuple):

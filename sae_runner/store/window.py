@@ -18,6 +18,9 @@ from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.site import TokenSelection
 from sae_runner.store.loading import load_batches
 
+MOST_NAMED = 5
+"""Unreadable examples that are named; more are counted."""
+
 log = logging.getLogger("sae_runner")
 
 
@@ -159,8 +162,11 @@ def check_bad(new: Sequence[Unreadable], n_bad: int, n_examples: int, max_bad: f
     Raises:
         DataError: past the limit.
     """
-    for example in new:
+    named = new[: max(0, MOST_NAMED - (n_bad - len(new)))]
+    for example in named:
         log.warning("unreadable example %d: %s", example.id, example.reason)
+    if len(named) < len(new):
+        log.warning("%d unreadable examples so far", n_bad)
     refuse_bad(n_bad, n_examples, max_bad, new[0] if new else None)
 
 

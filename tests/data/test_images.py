@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from sae_runner.config import config_dir
 from sae_runner.data import build_dataset
 from sae_runner.data._sources import content_hash
 from sae_runner.data.base import Unreadable
@@ -130,6 +131,16 @@ def test_a_folder_of_pictures_in_folders(tmp_path):
         assert example.label == number % 2
 
 
+def test_a_folder_with_one_split_holds_out_a_share_of_it(tmp_path, caplog):
+    (tmp_path / "all").mkdir()
+    for i in range(8):
+        picture(i).save(tmp_path / "all" / f"{i}.png")
+    with caplog.at_level("INFO"):
+        dataset = build(tmp_path / "all", heldout_split="test")
+    assert [len(dataset.ids(split)) for split in ("train", "heldout")] == [6, 2]
+    assert "no split 'test'" in caplog.text and "a share of it is held out" in caplog.text
+
+
 def webdataset(path: Path, n: int) -> Path:
     with tarfile.open(path, "w") as tar:
         for i in range(n):
@@ -190,8 +201,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path):
 
     examples = build(tmp_path / "x.parquet").load(range(5))
     assert [isinstance(e, Unreadable) for e in examples] == [False, True, True, False, True]
-    assert [e.id for e in examples] == [0, 1, 2, 3, 4]
-    assert "UnidentifiedImageError" in examples[2].reason
+    assert examples[2].reason == "UnidentifiedImageError: cannot identify image file"
     assert examples[3].label is None, "-1 is no class"
 
 
@@ -259,22 +269,32 @@ def test_threads_read_the_same(parquet):
         ({"path": "{dir}/empty"}, r"path=.*empty: no such file or folder, or it is empty"),
         ({"path": "{dir}/notes.txt"}, r"cannot read \.txt files"),
         ({"path": "{dir}/bad.parquet"}, r"dataset\.path=.*bad\.parquet: cannot be read \("),
+        ({"path": "{dir}/cut.parquet"}, r"cut\.parquet: cannot be read \(Parquet magic bytes"),
         ({"path": "nobody/nothing"}, r"dataset\.path=nobody/nothing: not a file or folder here"),
         ({"image_column": "imgae"}, r"dataset\.image_column=imgae.*Did you mean 'image'.*label"),
         ({"label_column": "labels"}, r"dataset\.label_column=labels.*Did you mean 'label'"),
         ({"heldout_path": "{dir}/no.parquet"}, r"dataset\.heldout_path=.*no\.parquet"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(parquet, changes, message, monkeypatch):
+def test_what_is_wrong_is_said_in_one_line(parquet, changes, message, monkeypatch, capfd):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     folder = parquet.parent
     (folder / "empty").mkdir()
     (folder / "notes.txt").write_text("no table")
     (folder / "bad.parquet").write_bytes(b"PAR1 or so")
+    (folder / "cut.parquet").write_bytes(parquet.read_bytes()[:-40])
     filled = {k: v.replace("{dir}", str(folder)) for k, v in changes.items()}
     with pytest.raises((DataError, ConfigError), match=message) as caught:
         build(**({"path": parquet} | filled))
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # The library logs to a handler of its own.
+
+
+def test_columns_of_captioned_tars_are_guessed(tmp_path):
+    path = webdataset(tmp_path / "w.tar", 8)
+    cfg = yaml.safe_load((Path(config_dir()) / "dataset" / "cc3m.yaml").read_text())
+    dataset = build_dataset(cfg | {"path": str(path), "n_examples": 6, "n_heldout": 2})
+    assert [e.caption for e in dataset.load([0, 1])] == ["number 0", "number 1"]
 
 
 def test_an_empty_table_and_one_without_images(tmp_path):
@@ -288,7 +308,7 @@ def test_an_empty_table_and_one_without_images(tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist", "imagenet1k", "cc3m"])
 def test_the_yaml_has_every_option(name, parquet):
-    from sae_runner.config import config_dir
+
     from sae_runner.data import COMMON_KEYS, DATASETS
 
     options = yaml.safe_load((Path(config_dir()) / "dataset" / f"{name}.yaml").read_text())

@@ -140,6 +140,14 @@ def test_nan_and_infinity_are_refused_with_the_example(world, value):
         world.write("blocks.0.resid_post")
 
 
+def test_of_many_unreadable_examples_a_few_are_named(world, caplog):
+    world.dataset.bad, world.max_bad = set(range(20)), 1
+    world.write()
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert sum(line.startswith("unreadable example ") for line in said) == 5
+    assert said[-1] == "20 unreadable examples so far"
+
+
 def test_unreadable_examples_are_counted_and_named(world, caplog):
     world.dataset.bad = {4, 11, 12}
     world.max_bad = 3 / 60
