@@ -8,6 +8,7 @@ from sae_runner.config import options_of
 from sae_runner.errors import InputError, did_you_mean
 
 ALREADY_THERE = re.compile(r"An item is already at '(.+?)'")
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.EIO)
 NO_SPACE = "No space left on device"
 NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
 
@@ -23,8 +24,8 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, FileExistsError | NotADirectoryError):
         return f"{error.filename} is a file, and a folder is needed there: move it"
-    if isinstance(error, PermissionError):
-        return f"cannot write {error.filename}: {error.strerror}; set outputs=DIR"
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}; set outputs=DIR"
     if is_out_of_memory(error):
         return (
             "out of memory: lower trainer.micro_batch_size, sae.d_sae, model.batch_size, "

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("sae_runner")
+RESERVE = 64 * 10**6
+"""Bytes that are left free: for records, logs and whatever else is small."""
 
 
 @contextlib.contextmanager
@@ -84,11 +87,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", **metadata: str) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically.
+
+    Raises:
+        OSError: the system's refusal, which the library only quotes.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic(path) as temporary:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+        try:
+            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+            raise
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # safetensors makes files that nobody else may read.
@@ -182,17 +195,27 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing_parent(path)).free
 
 
+def lack_of_space(path: Path, n_bytes: int) -> str:
+    """`68 MB and 64 MB in reserve, 126 MB free in DIR` where that will not fit, else nothing."""
+    free = free_bytes(path)
+    if not n_bytes or n_bytes + RESERVE <= free:
+        return ""
+    return (
+        f"{size(n_bytes)} and {size(RESERVE)} in reserve, {size(free)} free in "
+        f"{existing_parent(path)}"
+    )
+
+
 def require_space(path: Path, n_bytes: int, what: str) -> None:
     """Refuse to start what will not fit.
 
     Raises:
-        InputError: fewer than `n_bytes` (and a little) are free.
+        InputError: fewer than `n_bytes` and the reserve are free.
     """
-    free = free_bytes(path)
-    if n_bytes + 64 * 2**20 > free:
+    if lack := lack_of_space(path, n_bytes):
         raise InputError(
-            f"{what} needs {size(n_bytes)}, {size(free)} free in {existing_parent(path)}: "
-            "set outputs=DIR on a larger disk, fewer examples, or store=stream"
+            f"{what} needs {lack}: set outputs=DIR on a larger disk, fewer examples, or "
+            "store=stream"
         )
 
 

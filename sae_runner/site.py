@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sae_runner.config import Positive, Range
-from sae_runner.errors import ConfigError, did_you_mean
+from sae_runner.errors import ConfigError, did_you_mean, nearest
 from sae_runner.models.base import Inputs, SiteInfo
 
 Tokens = Literal["cls", "patches", "all", "last", "mean", "random_k", "positions"]
@@ -35,7 +35,11 @@ def resolve_sites(wanted: str | Sequence[str], sites: Mapping[str, SiteInfo]) ->
         elif name in by_module:
             found = [by_module[name]]
         if not found:
-            raise ConfigError(f"site.name={name}: no such site.{did_you_mean(name, sites)}")
+            hint = did_you_mean(name, sites)
+            if len(sites) > 24 and not nearest(name, sites):  # The first few would say little.
+                families = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".{i}", site) for site in sites)
+                hint = f" Choose from: {' | '.join(families)}."
+            raise ConfigError(f"site.name={name}: no such site.{hint}")
         chosen.update(found)
     if not chosen:
         raise ConfigError("site.name: no site is named")

@@ -134,6 +134,12 @@ def test_unknown_site_of_a_vision_model_names_the_nearest(in_process, capfd, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_site_unlike_any_other_shows_the_families_of_sites(in_process, capfd):
+    assert in_process("train", "site.name=foo") == 2
+    line = one_line(capfd.readouterr().err)
+    assert " | blocks.{i}.resid_post" in line and "blocks.{i}.attn_q.{i}" in line
+
+
 def test_unwritable_outputs(in_process, capfd, tmp_path):
     (tmp_path / "file").write_text("no folder")
     assert in_process("train", *QUICK, "outputs=file/out") == 2
@@ -145,8 +151,8 @@ def test_too_little_disk_is_seen_ahead(in_process, capfd, tmp_path, monkeypatch)
     assert in_process("train", *QUICK) == 2
     line = one_line(capfd.readouterr().err)
     assert "store needs" in line
-    assert "free in" in line
-    assert not list(tmp_path.glob("outputs/train/[!.]*"))
+    assert "and 64.0 MB in reserve, 10 kB free in" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nan_in_activations_names_the_example(in_process, capfd, tmp_path, monkeypatch):
@@ -170,6 +176,35 @@ def test_nan_in_activations_names_the_example(in_process, capfd, tmp_path, monke
 def finished_run(in_process, tmp_path) -> Path:
     assert in_process("train", *QUICK) == 0
     return next(tmp_path.glob("outputs/train/[!.]*"))
+
+
+def test_no_row_left_is_one_line_and_leaves_no_run(in_process, capfd, tmp_path):
+    assert in_process("train", *QUICK, "store.max_norm_multiple=0.001") == 2
+    line = one_line(capfd.readouterr().err)
+    assert "store.max_norm_multiple=0.001: drops all 2,700 training rows" in line
+    assert list(tmp_path.glob("outputs/train/*")) == []
+    assert not list(tmp_path.glob("outputs/train/.*"))
+
+
+@pytest.mark.parametrize("name", ["*/manifest.json", "store.json"])
+@pytest.mark.parametrize("damage", ["garbage", '{"schema": "other/1"}', None])
+def test_damaged_store_is_not_called_complete(
+    name, damage, finished_run, in_process, capfd, tmp_path
+):
+    path = next(tmp_path.glob(f"outputs/stores/*/{name}"))
+    path.unlink()
+    if damage:
+        path.write_text(damage)
+    model = ["model=toy", "dataset.n_examples=3000"]
+    for words in (["cache", *model], ["train", *QUICK], ["plan", *QUICK]):
+        if not damage and path.name == "manifest.json":
+            continue  # An unfinished store.
+        capfd.readouterr()
+        assert in_process(*words) == 2
+        line = one_line(capfd.readouterr().err)
+        assert path.name in line and "`sae-run cache` with the same words and force=true" in line
+    assert in_process("cache", *model, "force=true") == 0
+    assert in_process("train", *QUICK) == 0
 
 
 def test_corrupt_and_foreign_stores(finished_run, in_process, capfd, tmp_path):

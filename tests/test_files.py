@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sae_runner import files
 from sae_runner.errors import InputError
+from sae_runner.explain import explain
 
 HOLD = """
 import sys, time
@@ -208,14 +209,30 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
     assert names(tmp_path) == [".a.json.lock", "a.json"]
 
 
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    def save_file(*_):
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(OSError, match="File too large") as error:
+        files.write_tensors(path, {"x": torch.zeros(2)})
+    assert explain(error.value) == f"cannot write {path}: File too large; set outputs=DIR"
+    assert names(tmp_path) == []
+
+
 # -- Space ---------------------------------------------------------------------------------------
 
 
 def test_what_will_not_fit_is_refused_with_both_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "free_bytes", lambda _: 10**9)
-    files.require_space(tmp_path / "out", 9 * 10**8, "store")
-    with pytest.raises(InputError, match=r"store needs 2\.0 GB, 1\.0 GB free in .*outputs=DIR"):
-        files.require_space(tmp_path / "out", 2 * 10**9, "store")
+    files.require_space(tmp_path / "out", 936 * 10**6, "store")
+    line = r"store needs 940 MB and 64\.0 MB in reserve, 1\.0 GB free in .*outputs=DIR"
+    with pytest.raises(InputError, match=line):
+        files.require_space(tmp_path / "out", 940 * 10**6, "store")
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_anything(tmp_path):

@@ -7,9 +7,11 @@ from pathlib import Path
 from sae_runner import files
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.data.base import Dataset
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.models.base import SiteInfo
-from sae_runner.store.manifest import STORE_SCHEMA, is_complete, read_json
+from sae_runner.store.manifest import REMEDY, STORE_SCHEMA, is_complete, read_json
+from sae_runner.store.reader import ActivationStore
 from sae_runner.store.writer import begin_store, estimate_bytes, write_selections
 
 log = logging.getLogger("sae_runner")
@@ -36,10 +38,13 @@ def ensure_store(pipeline: Pipeline, *, force: bool = False) -> None:
         StoreError: the store that is there was written from other data or other local weights.
     """
     infos, folder = pipeline.infos, pipeline.store_dir
-    if not force and all(is_complete(pipeline.selection_dir(info)) for info in infos):
+    if not force and is_cached(pipeline):
         check_unchanged(pipeline)
         log.info("store %s is complete", folder)
         return
+    if pipeline.raw_dataset.modality != "text":  # What text gives is known once it is packed.
+        missing = [i for i in infos if force or not is_complete(pipeline.selection_dir(i))]
+        require_space(pipeline, missing, pipeline.raw_dataset)
     with files.locked(folder):
         found = [info for info in infos if is_complete(pipeline.selection_dir(info))]
         missing = infos if force else [info for info in infos if info not in found]
@@ -47,7 +52,7 @@ def ensure_store(pipeline: Pipeline, *, force: bool = False) -> None:
             log.info("store %s is complete: another process wrote it", folder)
             return
         model, dataset = pipeline.model, pipeline.dataset
-        require_space(pipeline, missing)
+        require_space(pipeline, missing, dataset)
         names = {"model": pipeline.choices["model"], "dataset": pipeline.choices["dataset"]}
         if force and missing == infos and not _others(pipeline):
             files.remove(folder / "store.json")  # Nothing else in the store is of its old source.
@@ -60,6 +65,11 @@ def ensure_store(pipeline: Pipeline, *, force: bool = False) -> None:
         for _, group in groupby(missing, key=pipeline.layout):
             write(pipeline, list(group))
     log.info("store %s holds %d selections", folder, len(infos))
+
+
+def is_cached(pipeline: Pipeline) -> bool:
+    """Whether every selection is written to its end."""
+    return all(is_complete(pipeline.selection_dir(info)) for info in pipeline.infos)
 
 
 def _others(pipeline: Pipeline) -> list[Path]:
@@ -80,23 +90,28 @@ def write(pipeline: Pipeline, sites: list[SiteInfo]) -> None:
 
 
 def check_unchanged(pipeline: Pipeline) -> None:
-    """Compare the source of a finished store with the data and local weights there are now."""
+    """Compare the source of a finished store with the data and local weights there are now.
+
+    Raises:
+        StoreError: they differ, or the store is damaged, as far as that is seen without its rows.
+    """
+    for info in pipeline.infos:
+        ActivationStore(pipeline.selection_dir(info))
     store = read_json(pipeline.store_dir / "store.json", STORE_SCHEMA, "activation store")
     for what, now in pipeline.source.items():
         if store.get("source", {}).get(what, now) != now:
             raise StoreError(
-                f"{pipeline.store_dir} was written from other {what} than there are now: "
-                "`sae-run cache` with the same words and force=true writes it again, or set "
-                "outputs=DIR"
+                f"{pipeline.store_dir} was written from other {what} than there are now: {REMEDY}, "
+                "or set outputs=DIR"
             )
 
 
-def require_space(pipeline: Pipeline, missing: list[SiteInfo]) -> None:
+def require_space(pipeline: Pipeline, missing: list[SiteInfo], dataset: Dataset) -> None:
     """Refuse what will not fit; of text only what is sure to be written counts."""
-    needed = 0
+    needed, dtype = 0, pipeline.store_options.dtype
     for info in missing:
         rows = pipeline.rows_per_example(info) if info.n_tokens else 1
-        needed += estimate_bytes(pipeline.plan(info), rows, info.d, pipeline.store_options.dtype)
+        needed += estimate_bytes(pipeline.plan(info, dataset), rows, info.d, dtype)
         folder = pipeline.selection_dir(info)
         needed -= files.folder_bytes(folder) if folder.exists() else 0
     files.require_space(pipeline.outputs, needed, "store")

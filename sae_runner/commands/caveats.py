@@ -2,6 +2,7 @@
 
 from sae_runner import files
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.errors import DataError
 
 NEVER = {
     "auxk": "AuxK will never fire",
@@ -21,7 +22,15 @@ def warnings_about(
         n_rows: training rows that there are, or will be.
         at_most: whether there may be fewer of them.
         n_dropped: training rows left out as norm outliers, where that is known.
+
+    Raises:
+        DataError: these are all rows.
     """
+    if n_dropped and not n_rows:
+        multiple = pipeline.store_options.max_norm_multiple
+        raise DataError(
+            f"store.max_norm_multiple={multiple}: drops all {n_dropped:,} training rows"
+        )
     options, found = pipeline.train_options, []
     if options.n_tokens > n_rows:
         least, most = ("at least ", "at most ") if at_most else ("", "")
@@ -50,10 +59,9 @@ def space_warnings(
     pipeline: Pipeline, store_bytes: int, run_bytes: int, *, at_most: bool = False
 ) -> list[str]:
     """What will not fit on the disk that `outputs` is on; `at_most` the store takes that much."""
-    free, most = files.free_bytes(pipeline.outputs), "at most " if at_most else ""
-    if store_bytes > free:
-        return [f"store needs {most}{files.size(store_bytes)}, {files.size(free)} free"]
-    if store_bytes + run_bytes > free:
-        both = files.size(store_bytes + run_bytes)
-        return [f"store and checkpoints need {most}{both}, {files.size(free)} free"]
+    most = "at most " if at_most else ""
+    if lack := files.lack_of_space(pipeline.outputs, store_bytes):
+        return [f"store needs {most}{lack}"]
+    if lack := files.lack_of_space(pipeline.outputs, store_bytes + run_bytes):
+        return [f"store and checkpoints need {most}{lack}"]
     return []

@@ -186,7 +186,7 @@ class Pipeline:
     @cached_property
     def sites(self) -> dict[str, SiteInfo]:
         """Every site of the model: from the store if there is one, else from its shapes."""
-        if (self.store_dir / "store.json").is_file():
+        if (self.store_dir / "store.json").is_file() and not self.root.force:
             return sites_of(read_json(self.store_dir / "store.json", STORE_SCHEMA, "store"))
         return self.shapes.sites()
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from sae_runner import files
 from sae_runner.commands import memory, train
+from sae_runner.commands.cache import check_unchanged, is_cached
 from sae_runner.commands.caveats import space_warnings, warnings_about
 from sae_runner.commands.entries import read_run
 from sae_runner.commands.job import Job
@@ -62,6 +63,8 @@ def main(job: Job) -> None:
     options: PlanOptions = construct(PlanOptions.from_config, job.cfg["plan"], where="plan")
     check(job)
     pipeline = Pipeline(job.cfg, job.choices)
+    if pipeline.store_options.kind == "disk" and is_cached(pipeline):
+        check_unchanged(pipeline)
     with rehearsal(pipeline) as copy:
         plan = Plan(pipeline, copy)
         lines = list(plan.lines())

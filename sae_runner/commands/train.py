@@ -71,10 +71,14 @@ def main(job: Job) -> None:
         ensure_store(pipeline)
     with files.locked(run_dir):
         make_room(run_dir, force)
-        with log_to(run_dir / "run.log"):
-            begin_run(run_dir, pipeline, job)
-            train(run_dir, pipeline)
-            evaluate(run_dir, pipeline, force=False)
+        try:
+            with log_to(run_dir / "run.log"):
+                begin_run(run_dir, pipeline, job)
+                train(run_dir, pipeline)
+                evaluate(run_dir, pipeline, force=False)
+        except Exception:
+            remove_if_empty(run_dir)
+            raise
     log.info("run %s", run_dir)
 
 
@@ -84,6 +88,13 @@ def make_room(run_dir: Path, force: bool) -> None:
         files.remove(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     files.remove_partials(run_dir)
+
+
+def remove_if_empty(run_dir: Path) -> None:
+    """Remove the folder of a run that failed before its first line of metrics."""
+    if {path.name for path in run_dir.iterdir()} <= {"config.yaml", "run.log", "wandb"}:
+        files.remove(run_dir)
+        files.lock_path(run_dir).unlink(missing_ok=True)
 
 
 def begin_run(run_dir: Path, pipeline: Pipeline, job: Job) -> None:

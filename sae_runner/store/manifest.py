@@ -23,6 +23,7 @@ from sae_runner.site import TokenSelection
 
 STORE_SCHEMA = "sae-run.store/1"
 SELECTION_SCHEMA = "sae-run.selection/1"
+REMEDY = "`sae-run cache` with the same words and force=true writes it again"
 
 
 def selection_dir(store_dir: Path, site: str, selection: TokenSelection) -> Path:
@@ -49,12 +50,14 @@ def read_json(path: Path, schema: str, what: str) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise StoreError(f"{path.parent} is no {what}: it has no {path.name}") from None
+        raise StoreError(f"{path.parent} is no {what}: it has no {path.name}; {REMEDY}") from None
     except (ValueError, OSError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from None
+        raise StoreError(f"{path} is damaged: {error}; {REMEDY}") from None
     if not isinstance(value, dict) or value.get("schema") != schema:
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        raise StoreError(f"{path}: schema {found!r}, expected {schema!r}; written by another tool?")
+        raise StoreError(
+            f"{path}: schema {found!r}, expected {schema!r}; written by another tool? {REMEDY}"
+        )
     return value
 
 
@@ -86,6 +89,5 @@ def check_same_source(path: Path, store: Mapping[str, Any], model: str, data: st
     ):
         if found != wanted:
             raise StoreError(
-                f"{path} was written from other {what} ({found[:12]}, now {wanted[:12]}): "
-                "`sae-run cache` with the same words and force=true writes it again"
+                f"{path} was written from other {what} ({found[:12]}, now {wanted[:12]}): {REMEDY}"
             )
