@@ -52,8 +52,8 @@ def save_checkpoint(
     """
     with files.atomic(folder) as temporary:
         temporary.mkdir()
-        folded = copy.deepcopy(inference or sae)
-        folded = folded.fold() if fold else folded
+        used = copy.deepcopy(inference or sae)
+        folded = used.fold() if fold else used
         files.write_tensors(temporary / "sae.safetensors", folded.tensors())
         hashes = {"sae.safetensors": files.sha256(temporary / "sae.safetensors")}
         if state is not None:

@@ -10,7 +10,8 @@ from sae_runner.config import Fraction, NonNegativeFloat, Positive
 from sae_runner.errors import ConfigError, DataError
 from sae_runner.saes import SAES
 from sae_runner.saes._initialisation import k_means, random_directions
-from sae_runner.saes.base import SAE, Common
+from sae_runner.saes._weights import Weights
+from sae_runner.saes.base import Common
 from sae_runner.saes.topk import TopK
 from sae_runner.statistics import ActivationStats
 
@@ -146,7 +147,7 @@ class Archetypal(TopK):
         self.relaxation.mul_((self.delta / length).clamp_max(1))
 
     @torch.no_grad()
-    def fold(self) -> SAE:
+    def fold(self) -> Weights:
         """See `SAE.fold`; the decoder is written out."""
         if self.n_candidates is not None:
             decoder = self.W_dec.clone()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sae_runner.config import NonNegativeFloat
 from sae_runner.saes import SAES
+from sae_runner.saes._weights import Weights
 from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
 
 
@@ -87,7 +88,7 @@ class Gated(SAE):
         self.b_mag.add_(self.r_mag.exp() * by)
 
     @torch.no_grad()
-    def fold(self) -> SAE:
+    def fold(self) -> Weights:
         """See `SAE.fold`; free decoder norms go into the encoder, and every gate stays as it is."""
         super().fold()
         if self.decoder_norm == "free":

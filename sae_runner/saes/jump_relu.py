@@ -10,6 +10,7 @@ from sae_runner.config import NonNegativeFloat, PositiveFloat
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
 from sae_runner.saes._straight_through import jump, step
+from sae_runner.saes._weights import Weights
 from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
 from sae_runner.statistics import ActivationStats
 
@@ -147,7 +148,7 @@ class JumpReLU(SAE):
         self.threshold.mul_(factor)
 
     @torch.no_grad()
-    def fold(self) -> SAE:
+    def fold(self) -> Weights:
         """See `SAE.fold`; norms of a free decoder go into the encoder, as in `relu`."""
         super().fold()
         if self.decoder_norm == "free":

@@ -9,6 +9,7 @@ from torch import Tensor
 from sae_runner.config import Fraction, NonNegativeFloat, Positive, PositiveFloat
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
+from sae_runner.saes._weights import Weights
 from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
 
 N_RECORDED = 10
@@ -145,7 +146,7 @@ class PAnneal(SAE):
             self._n_rows = 0
 
     @torch.no_grad()
-    def fold(self) -> SAE:
+    def fold(self) -> Weights:
         """See `SAE.fold`; free decoder norms go into the encoder."""
         super().fold()
         if self.decoder_norm == "free":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_runner.config import NonNegativeFloat
 from sae_runner.saes import SAES
+from sae_runner.saes._weights import Weights
 from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
 
 
@@ -45,7 +46,7 @@ class ReLU(SAE):
         return self.loss_of(x, scaled, x_hat, count_active(acts), l1=(coefficient, l1))
 
     @torch.no_grad()
-    def fold(self) -> SAE:
+    def fold(self) -> Weights:
         """See `SAE.fold`; decoder norms go into the encoder: decoder rows have norm 1."""
         super().fold()
         self.move_norms()

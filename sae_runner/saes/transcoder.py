@@ -10,7 +10,8 @@ from sae_runner.config import Fraction, NonNegativeFloat, Positive
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES, _scaling
 from sae_runner.saes._initialisation import geometric_median, random_directions
-from sae_runner.saes.base import SAE, Common, SAEOutput
+from sae_runner.saes._weights import Weights
+from sae_runner.saes.base import Common, SAEOutput
 from sae_runner.saes.topk import TopK
 from sae_runner.statistics import ActivationStats
 
@@ -138,17 +139,17 @@ class Transcoder(TopK):
             self.W_skip.zero_()
 
     @torch.no_grad()
-    def fold(self) -> SAE:
+    def fold(self) -> Weights:
         """See `SAE.fold`: the decoder is kept, so latents are in the units of y."""
         return self._rescale(self.input_scale, self.target_scale)
 
     @torch.no_grad()
-    def unfold_like(self, other: SAE) -> SAE:
+    def unfold_like(self, other: Weights) -> Weights:
         """See `SAE.unfold_like`."""
         assert isinstance(other, Transcoder)
         return self._rescale(1 / other.input_scale, 1 / other.target_scale)
 
-    def _rescale(self, s: Tensor, t: Tensor) -> SAE:
+    def _rescale(self, s: Tensor, t: Tensor) -> Weights:
         s, t = s.clone(), t.clone()
         self.W_enc_rows.mul_(s / t)
         self.scale_latents(1 / t)
