@@ -35,7 +35,7 @@ class Interrupted(BaseException):
 
     def __init__(self, signum: int, hint: str = "type the same command to go on") -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}: {hint}")
-        self.exit_code = 128 + signum
+        self.signum, self.exit_code = signum, 128 + signum
 
 
 def nearest(word: str, options: Iterable[str], n: int = 1) -> list[str]:

@@ -466,6 +466,14 @@ def test_help_does_not_import_torch(words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["ls", "rm", "report"])
+def test_help_of_a_command_without_groups_lists_none(command, in_process, capfd):
+    assert in_process(command, "--help") == 0
+    text = capfd.readouterr().out
+    assert f"sae-run {command} [WORD ...]" in text and "outputs: outputs" in text
+    assert "trainer" not in text and "Groups" not in text
+
+
 def test_unknown_names_are_refused_without_torch(tmp_path):
     for words, message in ((["sae=topkk"], "topk"), (["sae.kk=1"], "'k'")):
         code = (

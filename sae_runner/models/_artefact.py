@@ -23,8 +23,10 @@ from sae_runner.data.base import Dataset, Example, Ids
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.files import atomic, locked, sha256, write_json, write_tensors
 from sae_runner.log import duration
+from sae_runner.signals import on_interruption
 
 WEIGHTS, FACTS = "weights.safetensors", "facts.json"
+FROM_THE_START = "the same command begins the training of the model again, from its start"
 
 log = logging.getLogger("sae_runner")
 
@@ -58,7 +60,8 @@ def trained(
     with locked(folder):
         if not (folder / FACTS).is_file():
             start = time.perf_counter()
-            tensors, facts = train()
+            with on_interruption(FROM_THE_START):
+                tensors, facts = train()
             with atomic(folder) as temporary:
                 write_tensors(temporary / WEIGHTS, tensors)
                 digest = sha256(temporary / WEIGHTS)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sae_runner.errors import ConfigError, StoreError
+from sae_runner.errors import ConfigError, Interrupted, StoreError
 from sae_runner.models._artefact import FACTS, WEIGHTS, assign, load, trained
 
 IDENTITY = {"seed": 0, "sizes": [3, 2]}
@@ -17,6 +18,17 @@ IDENTITY = {"seed": 0, "sizes": [3, 2]}
 
 def weights() -> dict[str, Tensor]:
     return {"weight": torch.arange(6.0).view(3, 2).T, "bias": torch.ones(2)}
+
+
+def test_an_interruption_promises_no_more_than_there_is(tmp_path: Path) -> None:
+    def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        raise Interrupted(signal.SIGTERM)
+
+    line = "SIGTERM: the same command begins the training of the model again"
+    with pytest.raises(Interrupted, match=line) as stopped:
+        trained(tmp_path, "net", IDENTITY, train)
+    assert stopped.value.exit_code == 143
+    assert not list(tmp_path.glob("models/net*"))
 
 
 def test_it_trains_once_and_is_read_back(tmp_path: Path) -> None:
