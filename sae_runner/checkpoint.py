@@ -9,6 +9,7 @@
 """
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -79,6 +80,17 @@ def _hash_of(cfg: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _hash_at(path: Path) -> str:
+    """SHA-256 (hex) of a file; one that has not changed since is not read again."""
+    found = path.stat()
+    return _hashed(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@functools.lru_cache(maxsize=1024)
+def _hashed(path: Path, *_: int) -> str:
+    return files.sha256(path)
+
+
 def step_dirs(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, the earliest first."""
     found = (run_dir / "checkpoints").glob("step_*")
@@ -142,7 +154,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise StoreError(f"checkpoint {folder} is damaged: {name} is absent")
-        if (_hash_of(facts) if name == "cfg.json" else files.sha256(path)) != expected:
+        if (_hash_of(facts) if name == "cfg.json" else _hash_at(path)) != expected:
             raise StoreError(f"checkpoint {folder} is damaged: {name} differs from its hash")
     return facts
 
