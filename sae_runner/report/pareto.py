@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_runner.report.comparison import Comparison, higher_is_better
-from sae_runner.report.style import COLOURS, GREY, MARKERS, house_style, new_figure, save
+from sae_runner.report.style import GREY, MARKERS, colour_of, house_style, new_figure, save
 
 MAX_LABELS = 60
 
@@ -35,7 +35,7 @@ def pareto_figure(comparison: Comparison) -> Any:
         _draw_front(panel, [_point(comparison, i) for i in front], n)
         for i in (i for i in group.runs if i in known):
             kind = kinds.index(str(runs[i].config.get("sae.type", "sae")))
-            _draw_run(panel, comparison, i, COLOURS[kind % len(COLOURS)], n, filled=i in front)
+            _draw_run(panel, comparison, i, colour_of(kind), n, filled=i in front)
     _draw_labels(panel, comparison, known)
     _draw_legend(panel, comparison, kinds, known)
     for axis, name in (("x", x), ("y", y)):
@@ -94,7 +94,7 @@ def _draw_labels(panel: Any, comparison: Comparison, known: list[int]) -> None:
 
 def _draw_legend(panel: Any, comparison: Comparison, kinds: list[str], known: list[int]) -> None:
     for n, kind in enumerate(kinds):
-        panel.plot([], [], "s", color=COLOURS[n % len(COLOURS)], label=kind)
+        panel.plot([], [], "s", color=colour_of(n), label=kind)
     for n, group in enumerate(comparison.groups if len(comparison.groups) > 1 else []):
         if not set(group.runs) & set(known):
             continue

@@ -10,6 +10,20 @@ from sae_runner.files import atomic
 
 # Okabe & Ito (2008): told apart with every common form of colour blindness, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_SHADES = ((0.0, 1.0), (0.0, 0.55), (0.55, 0.45))
+"""Light added and share of the colour kept, in each round through COLOURS."""
+
+
+def colour_of(n: int) -> str:
+    """The n-th colour: darker shades when the palette is used up, then lighter ones."""
+    colour = COLOURS[n % len(COLOURS)]
+    light, kept = _SHADES[n // len(COLOURS) % len(_SHADES)]
+    if light == 0.0 and kept < 1 and colour == "#000000":
+        light = 0.45  # No darker than black.
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(255 * light + kept * part):02X}" for part in parts)
+
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY, DARK = "#8A8A8A", "#222222"
 
