@@ -58,6 +58,8 @@ BAD = {
     "outliers of a stream": (["train", "store=stream", "store.max_norm_multiple=3"], "store=disk"),
     "absent start": (["train", "init_from=absent"], "init_from=absent: there is no such folder"),
     "unknown key at the top": (["train", "+sed=3"], "no key 'sed'. Did you mean 'seed'?"),
+    "k under two names": (
+        ["train", "sae.k=8", "sae.target_l0=16"], "sae.k=8 and sae.target_l0=16: two names of one"),
     "text for a seed": (["train", "seed=x"], "seed=x: Value 'x' of type 'str'"),
     "negative seed": (["train", "seed=-1"], "seed=-1: must be >= 0"),
     "fraction for a seed": (["train", "seed=1.5"], "seed=1.5"),

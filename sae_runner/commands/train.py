@@ -38,12 +38,27 @@ def check(job: Job) -> None:
     """Refuse what can be refused ahead."""
     pipeline = Pipeline(job.cfg, job.choices)
     pipeline.check()
+    check_one_k(job)
     logger = checked_options(build_sinks, pipeline.cfg["logger"], where="logger")
     require_installed(logger["type"])
     if source := pipeline.root.init_from:
         check_start(source, pipeline)
     if not pipeline.root.force:
         check_same_run(pipeline)
+
+
+def check_one_k(job: Job) -> None:
+    """Refuse k typed under both of its names.
+
+    Raises:
+        ConfigError: `sae.k` and `sae.target_l0` are both given.
+    """
+    sae, typed = job.cfg["sae"], {word.split("=")[0].lstrip("+") for word in job.overrides}
+    if {"sae.k", "sae.target_l0"} <= typed and sae.get("target_l0") not in (None, sae.get("k")):
+        raise ConfigError(
+            f"sae.k={sae['k']} and sae.target_l0={sae['target_l0']}: two names of one number here; "
+            "give one"
+        )
 
 
 def check_same_run(pipeline: Pipeline) -> dict[str, Any] | None:
