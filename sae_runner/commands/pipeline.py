@@ -51,6 +51,7 @@ from sae_runner.store.pair import PairedStore
 from sae_runner.store.reader import Activations, ActivationStore
 from sae_runner.store.window import WindowPlan
 from sae_runner.training.dead_latents import DEAD_LATENTS
+from sae_runner.training.dead_latents.base import DeadLatents
 from sae_runner.training.trainer import TrainOptions
 
 log = logging.getLogger("sae_runner")
@@ -355,12 +356,18 @@ class Pipeline:
         if train:
             self._check_target()
             sae = self.build_sae(self.site.d, device="meta")
-            DEAD_LATENTS.build(self.dead_latents, sae=sae, window=self.train_options.dead_window)
+            self.build_dead_latents(sae)
             for name, evaluator in self.evaluators.items():
                 try:
                     evaluator.check(self.raw_dataset)
                 except ConfigError as error:
                     raise ConfigError(f"evaluators.{name}: {error}") from None
+
+    def build_dead_latents(self, sae: SAE) -> DeadLatents:
+        """The strategy for latents of `sae` that do not fire."""
+        window = self.train_options.dead_window
+        strategy: DeadLatents = DEAD_LATENTS.build(self.dead_latents, sae=sae, window=window)
+        return strategy
 
     def _check_target(self) -> None:
         """A transcoder needs a pair of sites, and nothing else takes one.

@@ -13,7 +13,14 @@ from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.eval import evaluate
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
-from sae_runner.commands.train import begin_run, check, is_trained, make_room, trainer_of
+from sae_runner.commands.train import (
+    begin_run,
+    check,
+    is_trained,
+    make_room,
+    remove_if_empty,
+    trainer_of,
+)
 from sae_runner.config import resolve_device
 from sae_runner.log import log_to, speaking
 from sae_runner.store.activations import Activations
@@ -43,14 +50,16 @@ class Run:
             try:
                 yield
             except Exception as error:
+                log.debug("failed", exc_info=True)
                 self.error = error
+                remove_if_empty(self.folder)
 
     @property
     def stream(self) -> str:
         """Equal for runs that see the same batches on the same device."""
         pipeline = self.pipeline
         facts = {
-            "store": str(pipeline.selection_dir(pipeline.site)),
+            "sites": [str(pipeline.selection_dir(info)) for info in pipeline.infos],
             "reading": pipeline.store_options._asdict(),
             "batch_size": pipeline.train_options.batch_size,
             "device": resolve_device(pipeline.root.device),

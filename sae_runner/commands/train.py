@@ -148,7 +148,11 @@ def is_trained(run_dir: Path, pipeline: Pipeline) -> bool:
     if folder := finished(run_dir, options.n_steps):
         log.info("training is done: %s", folder)
         kept = {int(p.name.removeprefix("step_")) for p in step_dirs(run_dir)}
-        if absent := sorted(options.checkpoint_steps() - kept):
+        wanted = options.checkpoint_steps()
+        if options.checkpoint_interventions:
+            sae = pipeline.build_sae(pipeline.site.d, device="meta")
+            wanted |= pipeline.build_dead_latents(sae).milestones(options.n_steps)
+        if absent := sorted(wanted - kept):
             steps = ", ".join(map(str, absent))
             log.warning(
                 "trainer.checkpoints came too late for steps %s: force=true trains again", steps
@@ -253,12 +257,14 @@ def take_weights(sae: SAE, folder: Path) -> None:
         ConfigError: the run keeps decoder rows at norm 1, and those of the SAE cannot be brought
             there without a change of its latents.
     """
-    source = load_sae(folder)
+    source = load_sae(folder).to(sae.b_dec.device)
     if source.apply_b_dec_to_input != sae.apply_b_dec_to_input:
         source.load_tensors(centred(source, wanted=sae.apply_b_dec_to_input))
         source.apply_b_dec_to_input = sae.apply_b_dec_to_input
-    if sae.decoder_norm == "unit":
+    if sae.decoder_norm == "unit" and sae.input_scaling != "whitening":
         source.fold()  # Norms go into the encoder, where that changes no choice of latents.
+    source.unfold_like(sae)
+    if sae.decoder_norm == "unit":
         norms = source.W_dec.norm(dim=1)
         low, high = float(norms.min()), float(norms.max())
         if low < 0.99 or high > 1.01:
@@ -266,7 +272,6 @@ def take_weights(sae: SAE, folder: Path) -> None:
                 f"init_from={folder}: norms of its decoder rows go from {low:.3g} to {high:.3g}, "
                 "and sae.decoder_norm=unit would bring them to 1; set it to free"
             )
-    source.unfold_like(sae)
     trained = dict(source.named_parameters())
     for name, parameter in sae.named_parameters():
         parameter.copy_(trained[name])

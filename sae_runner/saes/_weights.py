@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_runner.errors import ConfigError, DataError, StoreError
+from sae_runner.errors import ConfigError, DataError, StoreError, did_you_mean
 from sae_runner.saes import _scaling
 from sae_runner.saes._options import UNITS, Common, width
 from sae_runner.statistics import ActivationStats
@@ -25,6 +25,8 @@ class Weights(nn.Module):
 
     kind: ClassVar[str]
     """The `type:` it is registered under."""
+    own_units: ClassVar[tuple[str, ...]] = ()
+    """Words that `units` may hold besides scalings and reductions."""
     stored_names: ClassVar[dict[str, str]] = {}
     """Names on disk of weights that are published under another name than the base's."""
     training_buffers: ClassVar[tuple[str, ...]] = ()
@@ -77,6 +79,11 @@ class Weights(nn.Module):
             raise ConfigError(
                 f"sae.target_l0={common['target_l0']:g}: must be <= d_sae={self.d_sae}"
             )
+        known = {word for words in UNITS.values() for word in words} | set(self.own_units)
+        if unknown := [word for word in common["units"] or () if word not in known]:
+            raise ConfigError(
+                f"sae.units={unknown[0]}: no such unit.{did_you_mean(unknown[0], known)}"
+            )
         own = {"input_scaling": self.input_scaling, "loss_reduction": self.loss_reduction}
         for key, value in own.items():
             others = [unit for unit in common["units"] or () if unit in UNITS[key]]
@@ -100,7 +107,8 @@ class Weights(nn.Module):
             rows = _scaling.rows_of(x)
             return (x - rows.mean) / (rows.deviation + _scaling.EPSILON)
         if self.input_scaling == "whitening":
-            return (x - self.input_mean) @ self.whitening
+            with torch.autocast(x.device.type, enabled=False):  # Half precision would blur x.
+                return (x - self.input_mean) @ self.whitening
         return x * self.input_scale
 
     def unscaled(

@@ -1,6 +1,6 @@
 """JumpReLU SAE (arXiv 2407.14435), with three penalties: step, quadratic and tanh."""
 
-from typing import Literal, Unpack, get_args
+from typing import ClassVar, Literal, Unpack, get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -39,6 +39,7 @@ class JumpReLU(SAE):
     """
 
     kind = "jump_relu"
+    own_units: ClassVar[tuple[str, ...]] = get_args(Penalty)
 
     def __init__(
         self,

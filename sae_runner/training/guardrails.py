@@ -12,11 +12,14 @@ from sae_runner.training.options import TrainOptions
 
 log = logging.getLogger("sae_runner")
 DIVERGED = 1e4
-"""Squared error over squared norm of x: a reconstruction a hundred times too long is none."""
+"""Squared error over squared norm of x: a reconstruction a hundred times too long is none. Wide
+SAEs whose encoder is the decoder's copy begin at about (d_sae / 2 d_in)²."""
 EXPLODED = 100.0
 """A loss so many times the least so far is worth a word."""
 APART = 0.2
 """Relative difference of the L0 of training and of inference that is worth a word."""
+MISSED = 0.1
+"""Relative distance from an asked-for L0 that is worth a word, in the last batch."""
 EARLY = 0.1
 """Share of training after which a threshold should have moved."""
 
@@ -48,8 +51,20 @@ class Guardrails:
             "grad_norm": float(grad_norm),
             "squared error / squared norm": float((x - loss.x_hat).square().sum() / size),
         }
-        found |= {name: float(p.detach().sum()) for name, p in self.sae.named_parameters()}
-        limits = {"squared error / squared norm": DIVERGED}
+        limit = max(DIVERGED, (self.sae.d_sae / self.sae.d_in) ** 2)
+        self._refuse(step, found, {"squared error / squared norm": limit})
+        self.check_weights(step)
+
+    def check_weights(self, step: int) -> None:
+        """Refuse weights that are not finite.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        weights = self.sae.named_parameters()
+        self._refuse(step, {name: float(p.detach().sum()) for name, p in weights}, {})
+
+    def _refuse(self, step: int, found: dict[str, float], limits: dict[str, float]) -> None:
         for name, value in found.items():
             if not abs(value) < limits.get(name, math.inf):
                 raise ConfigError(
@@ -98,6 +113,15 @@ class Guardrails:
                     f"step {step}: no threshold has moved by a thousandth: no pre-activation comes "
                     "within sae.bandwidth of it; check sae.input_scaling and sae.bandwidth",
                 )
+
+    def look_at_end(self, step: int, l0: float, target: float | None) -> None:
+        """Warn when an asked-for L0 was not reached."""
+        if target is not None and abs(l0 - target) > MISSED * target:
+            self.warn(
+                "target",
+                f"step {step}: L0 is {l0:.3g}, and {target:g} was asked for; train for longer, or "
+                "start from another coefficient",
+            )
 
     def compare_l0(self, step: int, training: float, inference: float) -> None:
         """Warn when what is saved fires unlike what is trained."""

@@ -42,11 +42,11 @@ def build_sinks(
     import wandb
 
     # A run resumed by re-typing the command continues the same curve: its id is the run's name.
-    # The next job of a sweep in this process ends the run of the one before.
+    # Jobs of a sweep may be in this process one after another, or side by side.
     try:
         run = wandb.init(
             project=project, id=run_dir.name, name=run_dir.name, dir=str(run_dir), config=config,
-            resume="allow", mode=mode, reinit=True,
+            resume="allow", mode=mode, reinit="create_new",
         )  # fmt: skip
     except Exception as error:  # No key, no network: whatever it is, it is one line here.
         reason = (str(error).splitlines() or [error.__class__.__name__])[0]

@@ -28,6 +28,7 @@ class TrainOptions:
     eps: float
     lr_warmup: float
     lr_decay: float
+    lr_decay_shape: Literal["linear", "cosine"]
     penalty_warmup: float
     clip_grad_norm: float | None
     precision: Literal["fp32", "bf16"]
@@ -54,6 +55,7 @@ class TrainOptions:
         eps: PositiveFloat,
         lr_warmup: Fraction,
         lr_decay: Fraction,
+        lr_decay_shape: Literal["linear", "cosine"],
         penalty_warmup: Fraction,
         clip_grad_norm: PositiveFloat | None,
         precision: Literal["fp32", "bf16"],

@@ -6,7 +6,8 @@ PROPORTIONAL, INTEGRAL = 1.0, 0.05
 """Of log λ for an L0 that is e times too large: at once, and more with every step."""
 DESCENT = 0.25
 """Share of training in which the L0 that is aimed at comes down to the target."""
-FARTHEST = 20.0
+FARTHEST = 10.0
+"""Of log λ from the configured coefficient: a factor of 22,000 either way."""
 
 
 class TargetL0:
@@ -42,7 +43,8 @@ class TargetL0:
             self.start = off
         aim = self.start * max(0.0, 1 - progress / DESCENT)
         self.off = max(-1.0, min(1.0, off - aim))
-        self.log_factor += INTEGRAL * self.off
+        # Bounded: where no penalty at all leaves the L0 below its aim, it would run away.
+        self.log_factor = max(-FARTHEST, min(FARTHEST, self.log_factor + INTEGRAL * self.off))
 
     def state(self) -> dict[str, float | None]:
         """What a checkpoint keeps."""

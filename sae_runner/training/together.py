@@ -43,7 +43,10 @@ def run_together(trainers: Sequence[Trainer], failed: Callable[[Trainer, Excepti
                 progress.advance(size)
             if stop:
                 for trainer in going:
-                    trainer.save(batches.wait_s)
+                    try:
+                        trainer.save(batches.wait_s)
+                    except Exception as error:  # The others are saved all the same.
+                        failed(trainer, error)
                 stop.interrupt(f"stopped at step {step}; type the same command to go on")
     finally:
         progress.close()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_runner import files, signals
 from sae_runner.checkpoint import save_checkpoint, step_dirs
-from sae_runner.errors import ConfigError
+from sae_runner.errors import ConfigError, StoreError
 from sae_runner.log import Progress
 from sae_runner.saes.base import SAE, Loss, TrainState
 from sae_runner.store.activations import Activations, Batch, Position
@@ -104,9 +104,22 @@ class Trainer:
     def restore(
         self, state: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor]
     ) -> None:
-        """Go on exactly where a checkpoint was written."""
-        self.step, self.position = state["step"], Position(**state["position"])
-        self.saved_step = self.step
+        """Go on exactly where a checkpoint was written.
+
+        Raises:
+            StoreError: something that this configuration needs is not in it.
+        """
+        try:
+            self._restore(state, weights, optimizer)
+            self.position = Position(**state["position"])
+            self.step = self.saved_step = state["step"]  # Last: what failed before begins anew.
+        except KeyError as error:
+            raise StoreError(f"checkpoint of step {state.get('step')} lacks {error}") from None
+        self.journal.go_back_to(self.step)
+
+    def _restore(
+        self, state: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor]
+    ) -> None:
         self.sae.load_tensors(weights)
         self.dead.rows_since_fired.copy_(optimizer.pop("dead.rows_since_fired"))
         self._begin_average()
@@ -120,7 +133,6 @@ class Trainer:
                 k: v if k == "step" and self.device.type == "cpu" else v.to(self.device)
                 for k, v in slots.items()
             }
-        self.journal.go_back_to(self.step)
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -186,6 +198,8 @@ class Trainer:
         if self.step % self.options.log_every == 0 or last:
             row = self.log_metrics(batch.x, loss, grad_norm, lr)
             self.journal.timings(self.step, wait_s)
+        if last and self.target_l0 is not None:
+            self.guardrails.look_at_end(self.step, float(loss.l0), self.target_l0.target)
         stopping = bool(stop)  # A signal that comes later waits for the next step.
         if self.step in self.keep_at or last or stopping or self.save_is_due():
             target = self.sae.target_of(batch.x.to(self.device))
@@ -229,6 +243,7 @@ class Trainer:
             options.n_steps,
             warmup_fraction=options.lr_warmup,
             decay_fraction=options.lr_decay,
+            shape=options.lr_decay_shape,
         ) * self.dead.lr_factor(self.step, options.n_steps)
         lr = self.lr * lr_factor
         for group in self.optimizer.param_groups:
@@ -311,7 +326,14 @@ class Trainer:
         """Write a checkpoint, then remove those that neither `checkpoints` nor a resume needs.
 
         While training goes on the one before is kept too, should the newest turn out damaged.
+
+        Raises:
+            ConfigError: a weight is not finite.
         """
+        folder = self.run_dir / "checkpoints" / f"step_{self.step:08d}"
+        if self.step == self.saved_step and folder.is_dir():
+            return
+        self.guardrails.check_weights(self.step)
         self.journal.timings(self.step, wait_s)
         self.journal.flush()  # On disk before the step they reach to.
         last = self.step == self.options.n_steps
@@ -324,7 +346,6 @@ class Trainer:
         for name, parameter in self.sae.named_parameters():
             for slot, value in self.optimizer.state[parameter].items():
                 tensors[f"{name}/{slot}"] = value
-        folder = self.run_dir / "checkpoints" / f"step_{self.step:08d}"
         keep_state = not last or self.options.keep_state
         save_checkpoint(
             folder,

@@ -80,6 +80,15 @@ def test_batches_are_read_once(in_process, small, monkeypatch):
     assert len(read) == 3  # Two orders of the data are two streams.
 
 
+def test_what_is_predicted_is_part_of_the_stream(compose_job):
+    words = ["model=tiny_clip", "sae=transcoder", "site.name=blocks.0.resid_mid"]
+    streams = [
+        Run(compose_job("train", *words, f"site.target=blocks.0.{target}")).stream
+        for target in ("mlp_out", "attn_out", "mlp_out")
+    ]
+    assert streams[0] == streams[2] != streams[1]
+
+
 def test_one_that_fails_leaves_the_others_running(
     alone, in_process, small, tmp_path, monkeypatch, capfd
 ):

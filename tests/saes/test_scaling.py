@@ -283,3 +283,10 @@ def test_a_random_encoder_is_not_the_decoder(new, stats, kind):
     sae.initialise(stats(x), torch.Generator().manual_seed(0))
     assert torch.cosine_similarity(sae.W_enc_rows, sae.W_dec).abs().mean() < 0.6
     torch.testing.assert_close(sae.W_enc_rows.norm(dim=1), torch.full((24,), 0.3))
+
+
+def test_a_unit_that_there_is_not_is_refused(new):
+    with pytest.raises(
+        ConfigError, match=r"sae\.units=sqrtd: no such unit\. Did you mean 'sqrt_d'"
+    ):
+        new("relu", 8, 24, units=["sqrtd", "sum"])

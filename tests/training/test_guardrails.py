@@ -80,3 +80,40 @@ def test_two_l0_apart_are_said(guarded, caplog):
     assert caplog.text == ""
     guard.compare_l0(5, 32.0, 50.0)
     assert "L0 is 32 in training and 50 at inference" in caplog.text
+
+
+def test_a_missed_target_is_said(guarded, caplog):
+    _, guard = guarded()
+    guard.look_at_end(20, 31.0, 32.0)
+    guard.look_at_end(20, 31.0, None)
+    assert caplog.text == ""
+    guard.look_at_end(20, 25.0, 32.0)
+    assert "step 20: L0 is 25, and 32 was asked for" in caplog.text
+
+
+def test_a_wide_sae_may_start_long(make, options):
+    from sae_runner.saes.base import TrainState
+
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(3))
+    for d_sae in (64, 2048):
+        sae = make("gated", 8, d_sae)
+        with torch.no_grad():
+            loss = sae.loss(x, TrainState())
+            wrong = loss._replace(x_hat=150 * x)  # Of 22,201 times the squared norm.
+        guard = Guardrails(sae, options(), 3e-3, True)
+        guard.check_sound(1, x, loss, torch.tensor(1.0))
+        if d_sae == 64:
+            with pytest.raises(ConfigError, match="squared error / squared norm is"):
+                guard.check_sound(1, x, wrong, torch.tensor(1.0))
+        else:
+            guard.check_sound(1, x, wrong, torch.tensor(1.0))
+
+
+def test_weights_that_are_not_finite_are_not_saved(trainer):
+    run = trainer("relu")
+    run.begin()
+    with torch.no_grad():
+        run.sae.W_dec[3, 2] = float("nan")
+    with pytest.raises(ConfigError, match="training diverged at step 0: W_dec is nan"):
+        run.save()
+    assert not list(run.run_dir.glob("checkpoints/*"))

@@ -82,5 +82,5 @@ def test_a_resumed_run_goes_on_with_its_wandb_curve(tmp_path, monkeypatch):
     assert begun["id"] == begun["name"] == "toy-topk-12345678" and begun["resume"] == "allow"
     assert (begun["project"], begun["mode"], begun["config"]) == ("p", "offline", {"seed": 0})
     # A second run in this process, as in a sweep, must not be logged into the first.
-    assert begun["reinit"] is True
+    assert begun["reinit"] == "create_new"
     assert logged == [(ROWS[0], 3), (ROWS[1], 4)]

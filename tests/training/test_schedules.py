@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from sae_runner.training.schedules import learning_rate, lr_factor, warmup
@@ -40,3 +42,10 @@ def test_auto_falls_with_the_root_of_the_width():
     assert learning_rate("auto", 2**16) == pytest.approx(1e-4)
     assert learning_rate("auto", 2**12) == pytest.approx(4e-4)
     assert learning_rate(0.3, 2**12) == 0.3
+
+
+def test_a_cosine_goes_down_to_zero_and_is_half_in_the_middle():
+    shape = {"warmup_fraction": 0.0, "decay_fraction": 0.5, "shape": "cosine"}
+    found = [lr_factor(step, 100, **shape) for step in (0, 50, 75, 99)]
+    assert found[:2] == [1.0, 1.0] and found[2] == pytest.approx(0.5)
+    assert found[3] == pytest.approx((1 - math.cos(math.pi / 50)) / 2)

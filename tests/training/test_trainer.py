@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sae_runner.checkpoint import load_sae, load_state, read_facts, step_dirs
-from sae_runner.errors import ConfigError, DataError, Interrupted
+from sae_runner.errors import ConfigError, DataError, Interrupted, StoreError
 from sae_runner.saes.base import TrainState
 from sae_runner.training import schedules
 from sae_runner.training.trainer import Trainer
@@ -559,3 +559,24 @@ def test_saves_are_quiet(trainer, caplog):
     with caplog.at_level(logging.INFO):
         trainer("relu", save_every=0).run()
     assert caplog.text == ""
+
+
+def test_a_step_is_saved_once_and_the_one_before_stays(trainer):
+    run = trainer("relu", save_every=0, sinks=(stop_at(15),))
+    with pytest.raises(Stop):
+        run.run()
+    before = steps_of(run.run_dir)
+    run.step = before[-1]
+    run.save()
+    assert steps_of(run.run_dir) == before
+
+
+def test_what_cannot_be_restored_begins_anew(trainer):
+    whole = trainer("topk", "whole", checkpoints=1)
+    whole.run()
+    state, weights, optimizer = load_state(step_dirs(whole.run_dir)[0])
+    del optimizer["dead.rows_since_fired"]
+    other = trainer("topk", "other", initialise=False)
+    with pytest.raises(StoreError, match=r"lacks .dead\.rows_since_fired"):
+        other.restore(state, weights, optimizer)
+    assert other.step == 0
