@@ -114,14 +114,25 @@ class Guardrails:
                     "within sae.bandwidth of it; check sae.input_scaling and sae.bandwidth",
                 )
 
-    def look_at_end(self, step: int, l0: float, target: float | None) -> None:
-        """Warn when an asked-for L0 was not reached."""
+    @torch.no_grad()
+    def look_at_end(self, step: int, l0: float, used: SAE, x: Tensor) -> None:
+        """Warn when an asked-for L0 was missed, or what is saved fires unlike what was trained.
+
+        Args:
+            step: the last.
+            l0: of its batch, in training.
+            used: what is saved for use, before it is folded.
+            x: that batch.
+        """
+        target = used.target_l0
         if target is not None and abs(l0 - target) > MISSED * target:
             self.warn(
                 "target",
                 f"step {step}: L0 is {l0:.3g}, and {target:g} was asked for; train for longer, or "
                 "start from another coefficient",
             )
+        if used.calibrates:
+            self.compare_l0(step, l0, float(used.encode_sparse(x).counts.float().mean()))
 
     def compare_l0(self, step: int, training: float, inference: float) -> None:
         """Warn when what is saved fires unlike what is trained."""

@@ -83,6 +83,8 @@ class Trainer:
         if options.checkpoint_interventions:
             self.keep_at |= self.dead.milestones(options.n_steps)
         self.averaged: AveragedWeights | None = None
+        self.used = sae
+        """What is saved for use, once training is over."""
         self.saved_step, self.saved_at = 0, time.monotonic()
 
     # -- Where to start --------------------------------------------------------------------------
@@ -198,13 +200,14 @@ class Trainer:
         if self.step % self.options.log_every == 0 or last:
             row = self.log_metrics(batch.x, loss, grad_norm, lr)
             self.journal.timings(self.step, wait_s)
-        if last and self.target_l0 is not None:
-            self.guardrails.look_at_end(self.step, float(loss.l0), self.target_l0.target)
         stopping = bool(stop)  # A signal that comes later waits for the next step.
         if self.step in self.keep_at or last or stopping or self.save_is_due():
             target = self.sae.target_of(batch.x.to(self.device))
             self.guardrails.check_sound(self.step, target, loss, grad_norm)
-            self.save(wait_s, l0=float(loss.l0))
+            self.save(wait_s)
+        if last:
+            x = self.sae.input_of(batch.x.to(self.device))
+            self.guardrails.look_at_end(self.step, float(loss.l0), self.used, x)
         if stop is not None and (stopping or (last and stop)):
             self._interrupt(stop)
         return row
@@ -307,13 +310,11 @@ class Trainer:
         minutes = self.options.save_every
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
-    def for_inference(self, l0: float | None = None) -> SAE:
+    def for_inference(self) -> SAE:
         """A copy of the SAE as it is to be used: averaged, with its threshold measured."""
         sae = copy.deepcopy(self.sae) if self.averaged is None else self.averaged.applied(self.sae)
         if sae.calibrates:
-            found = self.calibrate(sae)
-            if l0 is not None:
-                self.guardrails.compare_l0(self.step, l0, found)
+            self.calibrate(sae)
         return sae
 
     def calibrate(self, sae: SAE) -> float:
@@ -322,7 +323,7 @@ class Trainer:
         heldout = self.store.rows("heldout", self.options.batch_size, n)
         return sae.calibrate((rows.x.to(self.device) for rows in heldout), n)
 
-    def save(self, wait_s: float = 0.0, l0: float | None = None) -> None:
+    def save(self, wait_s: float = 0.0) -> None:
         """Write a checkpoint, then remove those that neither `checkpoints` nor a resume needs.
 
         While training goes on the one before is kept too, should the newest turn out damaged.
@@ -334,6 +335,8 @@ class Trainer:
         if self.step == self.saved_step and folder.is_dir():
             return
         self.guardrails.check_weights(self.step)
+        used = self.for_inference()
+        self.used = used if self.step == self.options.n_steps else self.sae
         self.journal.timings(self.step, wait_s)
         self.journal.flush()  # On disk before the step they reach to.
         last = self.step == self.options.n_steps
@@ -353,7 +356,7 @@ class Trainer:
             {**self.facts, "step": self.step, "n_tokens": self.step * self.options.batch_size},
             state=state if keep_state else None,
             optimizer=tensors if keep_state else None,
-            inference=self.for_inference(l0),
+            inference=used,
         )
         kept = self.keep_at | {self.step}
         if not last:

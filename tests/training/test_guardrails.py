@@ -82,13 +82,26 @@ def test_two_l0_apart_are_said(guarded, caplog):
     assert "L0 is 32 in training and 50 at inference" in caplog.text
 
 
-def test_a_missed_target_is_said(guarded, caplog):
-    _, guard = guarded()
-    guard.look_at_end(20, 31.0, 32.0)
-    guard.look_at_end(20, 31.0, None)
+def test_a_missed_target_is_said(make, options, caplog):
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(3))
+    for target, l0, said in ((32.0, 31.0, ""), (None, 5.0, ""), (20.0, 15.0, "20 was asked for")):
+        sae = make("relu", target_l0=min(target, 24.0) if target else None)
+        sae.target_l0 = target
+        guard = Guardrails(sae, options(), 3e-3, True)
+        guard.look_at_end(20, l0, sae, x)
+        assert said in caplog.text if said else caplog.text == ""
+
+
+def test_a_threshold_that_lets_more_fire_than_training_is_said(make, options, caplog):
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(3))
+    sae = make("batch_topk")
+    guard = Guardrails(sae, options(), 3e-3, True)
+    guard.look_at_end(20, float(sae.encode_sparse(x).counts.float().mean()), sae, x)
     assert caplog.text == ""
-    guard.look_at_end(20, 25.0, 32.0)
-    assert "step 20: L0 is 25, and 32 was asked for" in caplog.text
+    with torch.no_grad():
+        sae.threshold.zero_()
+    guard.look_at_end(20, 3.0, sae, x)
+    assert "L0 is 3 in training and" in caplog.text
 
 
 def test_a_wide_sae_may_start_long(make, options):
