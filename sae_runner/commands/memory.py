@@ -54,6 +54,7 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
         Part("parameters", size, "device"),
         Part("gradients", size, "device"),
         Part("Adam's moments", 2 * size, "device"),
+        Part("averaged weights", size if options.ema is not None else 0, "device"),
         # Normalising the decoder, or the copy that a checkpoint is written from.
         Part("temporaries of a step", max(2 * size, sample), "device"),
         Part("activations of a batch", batch * (3 * 4 * sae.d_sae + 6 * row), "device"),
