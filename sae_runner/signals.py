@@ -36,15 +36,6 @@ def raise_on_signals() -> None:
 
 
 @contextmanager
-def on_interruption(hint: str) -> Iterator[None]:
-    """What an interruption inside the block says of how to go on."""
-    try:
-        yield
-    except Interrupted as error:
-        raise Interrupted(error.signum, hint) from None
-
-
-@contextmanager
 def deferred() -> Iterator[StopRequest]:
     """Inside the block a signal only sets the request; a second one raises Interrupted."""
     request = StopRequest()

@@ -256,7 +256,7 @@ def read_model(folder: Path) -> Entry:
     for name in ("model.json", "facts.json", "training.json", "manifest.json"):
         facts = facts or _json(folder / name) or {}
     weights = list(folder.glob("*.safetensors"))
-    state = "complete" if weights else "unfinished: no weights"
+    state = "complete" if weights else f"unfinished: {_training(folder / 'training')}"
     accuracy = (facts.get("zero_shot") or {}).get("accuracy")
     holds = [str(facts.get("type") or folder.name.rsplit("-", 1)[0])]
     if isinstance(accuracy, float):
@@ -266,6 +266,15 @@ def read_model(folder: Path) -> Entry:
     called = [folder.name, str(facts.get("sha256") or "")]
     trained_on = [facts.get(key) for key in ("data", "dataset", "identity")]
     return _entry("model", folder, state, ", ".join(holds), called, trained_on)
+
+
+def _training(kept: Path) -> str:
+    """How far the training of a model got before it was stopped."""
+    try:
+        facts = json.loads((kept / "state.json").read_bytes())
+        return f"step {len(facts['losses']):,} of {facts['n_steps']:,}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "no weights"
 
 
 def read_data(folder: Path) -> Entry:

@@ -23,10 +23,10 @@ from sae_runner.data.base import Dataset, Example, Ids
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.files import atomic, locked, sha256, write_json, write_tensors
 from sae_runner.log import duration
-from sae_runner.signals import on_interruption
 
 WEIGHTS, FACTS = "weights.safetensors", "facts.json"
-FROM_THE_START = "the same command begins the training of the model again, from its start"
+TRAINING = "training"
+"""What a training that was stopped needs to go on, in the folder of its model until it is done."""
 
 log = logging.getLogger("sae_runner")
 
@@ -43,7 +43,7 @@ def trained(
     outputs: Path,
     name: str,
     identity: Mapping[str, Any],
-    train: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+    train: Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
 ) -> Artefact:
     """The weights that `identity` decides, from disk or from `train`.
 
@@ -51,7 +51,8 @@ def trained(
         outputs: the folder of all results.
         name: begins the folder's name.
         identity: JSON of everything that decides the weights (seed, sizes, data, budget).
-        train: gives the weights and the facts to keep beside them, e.g. held-out accuracy.
+        train: gives the weights and the facts to keep beside them, e.g. held-out accuracy; what it
+            needs to go on after a stop it may keep in the folder that it is given.
 
     Raises:
         StoreError: the folder exists but is damaged.
@@ -60,8 +61,7 @@ def trained(
     with locked(folder):
         if not (folder / FACTS).is_file():
             start = time.perf_counter()
-            with on_interruption(FROM_THE_START):
-                tensors, facts = train()
+            tensors, facts = train(folder / TRAINING)
             with atomic(folder) as temporary:
                 write_tensors(temporary / WEIGHTS, tensors)
                 digest = sha256(temporary / WEIGHTS)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.nn import functional as F
 
 from sae_runner.data.base import Dataset, Example, Split
 from sae_runner.errors import ConfigError, DataError
-from sae_runner.log import Progress
 from sae_runner.models._artefact import chunks_of, seeded
+from sae_runner.models._fitting import fit
 
 
 @dataclass(frozen=True)
@@ -62,39 +63,36 @@ class Labelled:
         return cls(torch.cat(pixels), torch.tensor(labels))
 
 
-def fit(
+def train(
     network: nn.Module,
     data: Labelled,
     normalise: Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n c h w"]],
     recipe: Recipe,
     device: torch.device,
+    kept: Path,
 ) -> float:
-    """Minimise cross-entropy by AdamW with a cosine to zero; the mean loss of the last epoch."""
+    """Minimise cross-entropy by AdamW with a cosine to zero; the mean loss of the last epoch.
+
+    What was stopped in between goes on from what lies in `kept`.
+    """
     per_epoch = math.ceil(len(data.labels) / recipe.batch_size)
     n_steps = recipe.epochs * per_epoch
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    progress, losses = Progress("train classifier", n_steps, "steps"), []
-    network.train()
-    # Dropout, if there is any, draws from the global generator.
-    with seeded(recipe.seed + 1):
-        for rows in batches(len(data.labels), recipe):
-            pixels, labels = data.pixels[rows].to(device), data.labels[rows].to(device)
-            loss = F.cross_entropy(network(normalise(pixels)), labels)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-            progress.advance(1)
-    progress.close()
-    network.eval()
-    last = float(torch.stack(losses[-per_epoch:]).double().mean())
-    if not math.isfinite(last):
-        raise ConfigError(f"model.learning_rate={recipe.learning_rate:g}: training diverged")
-    return last
+
+    def loss_of(rows: Tensor) -> Tensor:
+        logits = network(normalise(data.pixels[rows].to(device)))
+        return F.cross_entropy(logits, data.labels[rows].to(device))
+
+    with seeded(recipe.seed + 1):  # Dropout, if there is any, draws from the global generator.
+        losses = fit(
+            network, optimizer, batches(len(data.labels), recipe), loss_of,
+            lambda step: 0.5 * (1 + math.cos(math.pi * step / n_steps)),
+            n_steps=n_steps, kept=kept, what="the classifier",
+            generators=[torch.default_generator],
+        )  # fmt: skip
+    return sum(losses[-per_epoch:]) / per_epoch
 
 
 def batches(n: int, recipe: Recipe) -> Iterator[Int64[Tensor, " batch"]]:

@@ -1,18 +1,20 @@
 """Contrastive training of a small CLIP on captioned images, and the words it reads."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sae_runner.log import Progress
+from sae_runner.models._fitting import fit
 
-_MOST_LOGIT_SCALE = 4.605170185988092  # ln 100, CLIP's bound.
+_MOST_LOGIT_SCALE = math.log(100)  # CLIP's bound.
 
 
 class WordTokenizer:
@@ -75,7 +77,7 @@ class Recipe:
 
     epochs: int
     train_batch: int
-    lr: float
+    learning_rate: float
     weight_decay: float
     warmup: float
     """Share of the steps over which the learning rate rises, before it falls as a cosine."""
@@ -131,45 +133,53 @@ def train(
     normalise: Callable[[Tensor], Tensor],
     recipe: Recipe,
     device: torch.device,
+    kept: Path,
 ) -> float:
     """Train `network` (an open_clip CLIP) in place; the mean loss of the last epoch.
 
-    The same seed gives the same weights on the same device and number of threads.
+    The same seed gives the same weights on the same device and number of threads, also when it was
+    stopped in between and goes on from what lies in `kept`.
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
     batch = min(recipe.train_batch, len(pairs))
-    steps_per_epoch = len(pairs) // batch
-    n_steps = recipe.epochs * steps_per_epoch
-    optimizer, schedule = optimizer_of(network, recipe, n_steps)
-    progress = Progress("train tiny_clip", n_steps * batch, "images")
-    network.train()
-    losses: list[float] = []
+    per_epoch = len(pairs) // batch
+    generator = torch.Generator().manual_seed(recipe.seed + 1)
+
+    def clamp() -> None:
+        with torch.no_grad():
+            network.logit_scale.clamp_(0, _MOST_LOGIT_SCALE)  # type: ignore[operator]
+
+    def loss_of(chosen: Tensor) -> Tensor:
+        clamp()
+        pixels = normalise(pairs.pixels[chosen].to(device))
+        pixels = shifted(pixels, recipe.shift, recipe.flip, generator)
+        texts, groups = described(pairs, chosen, generator)
+        return contrastive_loss(
+            network.encode_image(pixels),  # type: ignore[operator]
+            network.encode_text(tokenize(texts).to(device)),  # type: ignore[operator]
+            network.logit_scale.exp(),  # type: ignore[operator]
+            pairs.groups[chosen].to(device),
+            groups.to(device),
+        )
+
+    n_steps = recipe.epochs * per_epoch
+    losses = fit(
+        network,
+        optimizer_of(network, recipe),
+        batches(len(pairs), batch, recipe),
+        loss_of,
+        lambda step: rate(step, n_steps, recipe.warmup),
+        n_steps=n_steps, kept=kept, what="tiny_clip", max_grad_norm=1.0, generators=[generator],
+    )  # fmt: skip
+    clamp()
+    return sum(losses[-per_epoch:]) / per_epoch
+
+
+def batches(n: int, batch: int, recipe: Recipe) -> Iterator[Int64[Tensor, " batch"]]:
+    """Rows of every step; each epoch is shuffled anew and leaves out what fills no batch."""
+    generator = torch.Generator().manual_seed(recipe.seed)
     for _ in range(recipe.epochs):
-        order = torch.randperm(len(pairs), generator=generator)
-        losses = []
-        for chosen in order[: steps_per_epoch * batch].split(batch):  # type: ignore[no-untyped-call]
-            pixels = normalise(pairs.pixels[chosen].to(device))
-            pixels = shifted(pixels, recipe.shift, recipe.flip, generator)
-            texts, groups = described(pairs, chosen, generator)
-            loss = contrastive_loss(
-                network.encode_image(pixels),  # type: ignore[operator]
-                network.encode_text(tokenize(texts).to(device)),  # type: ignore[operator]
-                network.logit_scale.exp(),  # type: ignore[operator]
-                pairs.groups[chosen].to(device),
-                groups.to(device),
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                network.logit_scale.clamp_(0, _MOST_LOGIT_SCALE)  # type: ignore[operator]
-            losses.append(loss.item())
-            progress.advance(batch, f"loss {losses[-1]:.3f}")
-    progress.close()
-    network.eval()
-    return sum(losses) / len(losses)
+        order = torch.randperm(n, generator=generator)
+        yield from torch.split(order[: n // batch * batch], batch)
 
 
 def described(
@@ -186,23 +196,21 @@ def described(
     return [text for text, _ in found], torch.tensor([group for _, group in found])
 
 
-def optimizer_of(
-    network: nn.Module, recipe: Recipe, n_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW that decays matrices only; linear warm-up, then a cosine to zero."""
+def optimizer_of(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only."""
     matrices = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": recipe.weight_decay},
          {"params": others, "weight_decay": 0.0}],
-        lr=recipe.lr, betas=(0.9, 0.98),
+        lr=recipe.learning_rate, betas=(0.9, 0.98),
     )  # fmt: skip
-    warmup = max(1, round(recipe.warmup * n_steps))
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, n_steps - warmup)
-        return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done))))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def rate(step: int, n_steps: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: a linear rise, then a cosine to zero."""
+    n_warmup = max(1, round(warmup * n_steps))
+    if step < n_warmup:
+        return (step + 1) / n_warmup
+    done = (step - n_warmup) / max(1, n_steps - n_warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))

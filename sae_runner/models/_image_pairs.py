@@ -1,17 +1,16 @@
 """Images of a dataset with the texts that describe them, in memory, for training a small CLIP."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sae_runner.data.base import Dataset, Example, Ids, Unreadable
+from sae_runner.data.base import Dataset, Example
 from sae_runner.errors import ConfigError, DataError
+from sae_runner.models._artefact import chunks_of
 from sae_runner.models._contrastive import Pairs
 from sae_runner.models.base import Inputs
-
-_CHUNK = 512
 
 
 def pairs_of(
@@ -45,15 +44,6 @@ def pairs_of(
     if not pixels:
         raise DataError(f"dataset {dataset.name!r}: no training image could be read")
     return Pairs(torch.cat(pixels), texts, torch.tensor(groups))
-
-
-def chunks_of(dataset: Dataset, ids: Ids) -> Iterator[list[Example]]:
-    """The readable examples of `ids`, some hundred at a time."""
-    for start in range(0, len(ids), _CHUNK):
-        found = dataset.load(ids[start : start + _CHUNK])
-        good = [example for example in found if not isinstance(example, Unreadable)]
-        if good:
-            yield good
 
 
 def texts_of(example: Example, dataset: Dataset, templates: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sae_runner.errors import ConfigError, did_you_mean
+from sae_runner.models._artefact import seeded
 from sae_runner.models._precision import Precision
 
 log = logging.getLogger("sae_runner")
@@ -157,17 +158,6 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 160 else text[:157] + "…"
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of the CPU's global generator from `seed`; its own go on afterwards.
-
-    Constructors of other libraries draw their weights from the global generator.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @contextmanager

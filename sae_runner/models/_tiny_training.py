@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sae_runner.data._packed import PackedText
 from sae_runner.data.base import Dataset, Example
 from sae_runner.errors import ConfigError
 from sae_runner.files import write_json
-from sae_runner.log import Progress
+from sae_runner.models._fitting import fit
 from sae_runner.models._pretrained import load_tokenizer, quiet
 from sae_runner.models._tokens import Tokens
 
@@ -49,21 +49,29 @@ class Recipe:
 
 
 def make(
-    recipe: Recipe, dataset: Dataset, folder: Path, data_folder: Path, device: torch.device
+    recipe: Recipe,
+    dataset: Dataset,
+    folder: Path,
+    data_folder: Path,
+    device: torch.device,
+    kept: Path,
 ) -> None:
-    """Write config, weights, tokenizer and `training.json` into `folder`."""
+    """Write config, weights, tokenizer and `training.json` into `folder`.
+
+    What was stopped in between goes on from what lies in `kept`.
+    """
     train_tokenizer(dataset, recipe.vocab_size, folder)
     tokens = Tokens(
         load_tokenizer(str(folder), None),
         context=recipe.context, prepend_bos=recipe.prepend_bos, encoder=False,
     )  # fmt: skip
     packed = PackedText(dataset, tokens.encode, tokens.framing, tokens.hash(), data_folder)
-    train, heldout = (packed.rows[split].long() for split in ("train", "heldout"))
+    train_rows, heldout = (packed.rows[split].long() for split in ("train", "heldout"))
     network = initialise(recipe).to(device)
-    fit(network, train, recipe)
+    train(network, train_rows, recipe, kept)
     losses = {
         "heldout_loss": next_token_loss(network, heldout, recipe.rows_per_step),
-        "unigram_loss": unigram_loss(train, heldout, recipe.vocab_size),
+        "unigram_loss": unigram_loss(train_rows, heldout, recipe.vocab_size),
     }
     if not all(map(math.isfinite, losses.values())):
         raise ConfigError(f"model.learning_rate={recipe.learning_rate}: training diverged")
@@ -72,7 +80,7 @@ def make(
     seen = recipe.n_steps * recipe.rows_per_step * (recipe.context - 1)
     report = {
         **losses, "unit": "nats per token", "n_tokens_trained": seen,
-        "n_tokens_train": train[:, 1:].numel(), "n_tokens_heldout": heldout[:, 1:].numel(),
+        "n_tokens_train": train_rows[:, 1:].numel(), "n_tokens_heldout": heldout[:, 1:].numel(),
         "recipe": asdict(recipe), "dataset": packed.manifest["source"],
     }  # fmt: skip
     write_json(folder / "training.json", report)
@@ -121,26 +129,20 @@ def initialise(recipe: Recipe) -> Any:
     return network
 
 
-def fit(network: Any, rows: Int[Tensor, "rows context"], recipe: Recipe) -> None:
-    """AdamW with warm-up, a cosine to a tenth of the peak, and clipping."""
+def train(
+    network: Any, rows: Int[Tensor, "rows context"], recipe: Recipe, kept: Path
+) -> list[float]:
+    """AdamW with warm-up, a cosine to a tenth of the peak, and clipping; the loss of every step."""
     matrices = [p for p in network.parameters() if p.ndim == 2]
     others = [p for p in network.parameters() if p.ndim != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: rate(t, recipe.n_steps))
-    progress = Progress("train tiny_lm", recipe.n_steps, "steps")
-    network.train()
-    for indices in batches(len(rows), recipe):
-        tokens = rows[indices].to(network.device)
-        loss = token_losses(network, tokens).mean()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.advance(1, f"loss {loss.item():.3f}")
-    progress.close()
-    network.eval()
+    return fit(
+        network, optimizer, batches(len(rows), recipe),
+        lambda indices: token_losses(network, rows[indices].to(network.device)).mean(),
+        lambda step: rate(step, recipe.n_steps),
+        n_steps=recipe.n_steps, kept=kept, what="tiny_lm", max_grad_norm=1.0,
+    )  # fmt: skip
 
 
 def rate(step: int, n_steps: int) -> float:

@@ -1,6 +1,5 @@
 """A small CLIP that is trained here, on the training images of the dataset it is used with."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -20,14 +19,22 @@ from sae_runner.config import (
 from sae_runner.data.base import Dataset, Split
 from sae_runner.errors import ConfigError
 from sae_runner.models import MODELS
-from sae_runner.models._artefact import Artefact, assign, load, trained
+from sae_runner.models._artefact import (
+    Artefact,
+    assign,
+    chunks_of,
+    identity_of,
+    load,
+    seeded,
+    trained,
+)
 from sae_runner.models._contrastive import Recipe, WordTokenizer, train
-from sae_runner.models._image_pairs import chunks_of, pairs_of, spoken, to_normal
-from sae_runner.models._open_clip_weights import quiet, seeded
+from sae_runner.models._image_pairs import pairs_of, spoken, to_normal
+from sae_runner.models._open_clip_weights import quiet
 from sae_runner.models.base import HookedModel
 from sae_runner.models.open_clip import OpenCLIP
 
-_VERSION = 1  # Part of the fingerprint: raise it when a change alters the trained weights.
+_VERSION = 2  # Part of the fingerprint: raise it when a change alters the trained weights.
 _PREPROCESS = {
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
     "interpolation": "bicubic", "resize_mode": "shortest",
@@ -65,7 +72,7 @@ class TinyCLIP(OpenCLIP):
         max_images: train on at most so many, a seeded sample.
         epochs: passes over the images.
         train_batch: images of a step.
-        lr: highest learning rate (AdamW).
+        learning_rate: its highest (AdamW).
         weight_decay: of matrices.
         warmup: share of the steps over which the learning rate rises.
         shift: images move by at most so many pixels.
@@ -99,7 +106,7 @@ class TinyCLIP(OpenCLIP):
         max_images: Positive,
         epochs: Positive,
         train_batch: Positive,
-        lr: PositiveFloat,
+        learning_rate: PositiveFloat,
         weight_decay: NonNegativeFloat,
         warmup: Fraction,
         shift: NonNegative,
@@ -121,7 +128,9 @@ class TinyCLIP(OpenCLIP):
         }  # fmt: skip
         check_templates(templates)
         check_shape(image_size, patch_size, (width, heads), (text_width, text_heads))
-        recipe = Recipe(epochs, train_batch, lr, weight_decay, warmup, shift, flip, seed)
+        recipe = Recipe(
+            epochs, train_batch, learning_rate, weight_decay, warmup, shift, flip, seed
+        )  # fmt: skip
         if meta:
             shape = shape if weights is None else facts_of(load(weights), weights)["architecture"]
             self.weights, self.facts = "meta", {"architecture": shape}
@@ -145,7 +154,7 @@ class TinyCLIP(OpenCLIP):
                 Path(outputs),
                 f"tiny_clip-{dataset.name}",
                 identity,
-                lambda: self._train(dataset, shape, recipe, **words),
+                lambda kept: self._train(dataset, shape, recipe, kept, **words),
             )
         self._take(found, weights, dataset)
 
@@ -195,6 +204,7 @@ class TinyCLIP(OpenCLIP):
         dataset: Dataset,
         shape: dict[str, Any],
         recipe: Recipe,
+        kept: Path,
         *,
         max_words: int,
         templates: list[str],
@@ -210,7 +220,7 @@ class TinyCLIP(OpenCLIP):
         self.words = WordTokenizer.from_texts(texts, context, max_words)
         log.info("tiny_clip: training on %s images of %s", f"{len(pairs):,}", dataset.name)
         network = new_network(shape, self.words.vocab_size, recipe.seed, "cpu").to(device)
-        loss = train(network, self.words, pairs, to_normal, recipe, device)
+        loss = train(network, self.words, pairs, to_normal, recipe, device, kept)
         self.adopt(network, device, "fp32")
         zero_shot = None
         if dataset.label_names:
@@ -312,12 +322,3 @@ def facts_of(found: Artefact, where: str | None) -> dict[str, Any]:
             f"model.weights={where}: not the folder of a tiny_clip; use null to train one"
         )
     return found.facts
-
-
-def identity_of(dataset: Dataset) -> dict[str, str]:
-    """Which data, and which of them were for training."""
-    train_ids = dataset.ids("train").tobytes()
-    return {
-        "fingerprint": dataset.fingerprint(),
-        "train_ids": hashlib.sha256(train_ids).hexdigest(),
-    }

@@ -13,12 +13,11 @@ from sae_runner.data.base import Dataset
 from sae_runner.errors import ConfigError
 from sae_runner.files import atomic, locked
 from sae_runner.models import MODELS
-from sae_runner.models._artefact import FROM_THE_START
+from sae_runner.models._artefact import TRAINING
 from sae_runner.models._precision import DTYPES, Precision
 from sae_runner.models._pretrained import from_config, load
 from sae_runner.models._tiny_training import Recipe, make
 from sae_runner.models.transformer_lens import TextHost
-from sae_runner.signals import on_interruption
 
 log = logging.getLogger("sae_runner")
 
@@ -113,8 +112,9 @@ def _trained(recipe: Recipe, dataset: Dataset | None, outputs: Path, device: tor
     with locked(folder):
         if not (folder / "training.json").is_file():
             log.info("training a language model on %s, once, into %s", dataset.name, folder)
-            with atomic(folder) as temporary, on_interruption(FROM_THE_START):
-                make(recipe, dataset, temporary, outputs / "data", torch.device(device))
+            device, kept = torch.device(device), folder / TRAINING
+            with atomic(folder) as temporary:
+                make(recipe, dataset, temporary, outputs / "data", device, kept)
             report = json.loads((folder / "training.json").read_text())
             log.info(
                 "tiny_lm: held-out loss %.3f, of the unigram frequencies %.3f nats per token",

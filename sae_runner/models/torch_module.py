@@ -25,13 +25,13 @@ from sae_runner.data.base import Dataset, Example
 from sae_runner.errors import ConfigError
 from sae_runner.models import MODELS
 from sae_runner.models._artefact import Artefact, assign, identity_of, load, seeded, trained
-from sae_runner.models._classifier_training import Labelled, Recipe, accuracy, fit
+from sae_runner.models._classifier_training import Labelled, Recipe, accuracy, train
 from sae_runner.models._constructors import CONSTRUCTORS, construct_network, constructor
 from sae_runner.models.base import HookedModel, Inputs, Tap, labels_of, weights_hash
 
 __all__ = ["CONSTRUCTORS", "TorchModule", "constructor"]
 
-_VERSION = 1  # Part of the fingerprint: raise it when a change alters the trained weights.
+_VERSION = 2  # Part of the fingerprint: raise it when a change alters the trained weights.
 
 log = logging.getLogger("sae_runner")
 
@@ -138,11 +138,11 @@ class TorchModule(HookedModel):
             "version": _VERSION, "network": self.built_from, "recipe": vars(recipe), "data": data,
         }  # fmt: skip
 
-        def train() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        def make(kept: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
             train_set = Labelled.of(dataset, "train", self.to_bytes)
             network = self._new(recipe.seed).to(self.device)
             log.info("%s: training on %s images", self.name, f"{len(train_set.labels):,}")
-            loss = fit(network, train_set, self.normalise, recipe, self.device)
+            loss = train(network, train_set, self.normalise, recipe, self.device, kept)
             heldout_set = Labelled.of(dataset, "heldout", self.to_bytes)
             measured = {
                 "heldout": accuracy(network, heldout_set, self.normalise, self.device),
@@ -153,7 +153,7 @@ class TorchModule(HookedModel):
             facts = {"type": "torch_module", "dataset": dataset.name, "torch": torch.__version__}
             return network.state_dict(), facts | measured
 
-        return trained(outputs, f"{self.name}-{dataset.name}", identity, train)
+        return trained(outputs, f"{self.name}-{dataset.name}", identity, make)
 
     def _take(self, found: Artefact, where: str, dataset: Dataset | None) -> None:
         """Copy the weights in; say so when another dataset's examples may be among their own."""

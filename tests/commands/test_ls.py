@@ -61,6 +61,15 @@ def test_what_another_process_has_is_said_to_be_in_use(outputs, ls):
     assert "in use" not in ls(outputs, run.name)[1]
 
 
+def test_a_stopped_training_says_how_far_it_got(tmp_path, ls):
+    kept = tmp_path / "outputs" / "models" / "tiny_clip-digits-0" / "training"
+    kept.mkdir(parents=True)
+    (kept / "state.json").write_text('{"losses": [1.5, 1.25], "n_steps": 220}')
+    assert "unfinished: step 2 of 220" in ls(tmp_path / "outputs")[1]
+    (kept / "state.json").write_text("{")
+    assert "unfinished: no weights" in ls(tmp_path / "outputs")[1]
+
+
 def test_nothing_yet(tmp_path, ls):
     (tmp_path / "outputs").mkdir()
     assert ls(tmp_path / "outputs") == [f"nothing in {tmp_path / 'outputs'} yet"]

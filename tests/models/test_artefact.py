@@ -20,21 +20,29 @@ def weights() -> dict[str, Tensor]:
     return {"weight": torch.arange(6.0).view(3, 2).T, "bias": torch.ones(2)}
 
 
-def test_an_interruption_promises_no_more_than_there_is(tmp_path: Path) -> None:
-    def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        raise Interrupted(signal.SIGTERM)
+def test_a_stopped_training_keeps_what_it_needs_until_it_is_done(tmp_path: Path) -> None:
+    stops = [True, False]
 
-    line = "SIGTERM: the same command begins the training of the model again"
-    with pytest.raises(Interrupted, match=line) as stopped:
+    def train(kept: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if stops.pop(0):
+            kept.mkdir(parents=True)
+            (kept / "state").touch()
+            raise Interrupted(signal.SIGTERM)
+        assert (kept / "state").is_file()
+        return weights(), {}
+
+    with pytest.raises(Interrupted, match="SIGTERM: type the same command to go on") as stopped:
         trained(tmp_path, "net", IDENTITY, train)
     assert stopped.value.exit_code == 143
-    assert not list(tmp_path.glob("models/net*"))
+    trained(tmp_path, "net", IDENTITY, train)
+    (folder,) = (tmp_path / "models").glob("net-*")
+    assert sorted(p.name for p in folder.iterdir()) == [FACTS, WEIGHTS]
 
 
 def test_it_trains_once_and_is_read_back(tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def train(kept: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         calls.append(1)
         return weights(), {"heldout_accuracy": 0.5}
 
@@ -52,7 +60,7 @@ def test_it_trains_once_and_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_training_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def train(kept: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError, match="luck"):
@@ -60,12 +68,12 @@ def test_a_training_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "models").glob("net-*"))
     nan = {"accuracy": float("nan")}
     with pytest.raises(ValueError, match="JSON"):
-        trained(tmp_path, "net", IDENTITY, lambda: (weights(), nan))
+        trained(tmp_path, "net", IDENTITY, lambda _: (weights(), nan))
     assert not [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
 
 
 def train_slowly(outputs: Path, count: Path) -> None:
-    def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def train(kept: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with count.open("a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.5)
@@ -88,7 +96,7 @@ def test_of_two_processes_one_trains(tmp_path: Path) -> None:
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
-    path = Path(trained(tmp_path, "net", IDENTITY, lambda: (weights(), {})).facts["path"])
+    path = Path(trained(tmp_path, "net", IDENTITY, lambda _: (weights(), {})).facts["path"])
     facts = json.loads((path / FACTS).read_text())
     (path / FACTS).write_text(json.dumps({**facts, "sha256": "0" * 64}))
     with pytest.raises(StoreError, match="not the bytes"):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sae_runner.config import config_dir
 from sae_runner.data import build_dataset
 from sae_runner.data.base import Dataset, Example, split_ids
-from sae_runner.errors import ConfigError, StoreError
+from sae_runner.errors import ConfigError, Interrupted, StoreError
 from sae_runner.models import build_model
 from sae_runner.models._contrastive import WordTokenizer, contrastive_loss, shifted
 from sae_runner.models._image_pairs import to_bytes, to_normal
@@ -55,7 +55,7 @@ def options(**changes):
     del config["defaults"]
     small = {
         "image_size": 8, "width": 16, "layers": 2, "heads": 2, "embed_dim": 8, "text_width": 8,
-        "text_layers": 1, "epochs": 12, "train_batch": 21, "shift": 0, "lr": 5e-3,
+        "text_layers": 1, "epochs": 12, "train_batch": 21, "shift": 0, "learning_rate": 5e-3,
     }  # fmt: skip
     return config | small | changes
 
@@ -137,19 +137,17 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_others_random_numbers(t
 def test_another_split_or_option_is_another_folder(tmp_path):
     build(tmp_path, epochs=1)
     build(tmp_path, Colours(seed=1), epochs=1)
-    build(tmp_path, epochs=1, lr=1e-3)
+    build(tmp_path, epochs=1, learning_rate=1e-3)
     assert len(folders(tmp_path)) == 3
     assert all(folder.name.startswith("tiny_clip-colours-") for folder in folders(tmp_path))
 
 
-def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sae_runner.models.tiny_clip.train", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_stopped_training_goes_on_to_the_same_bits(trained, tmp_path, stop_at):
+    with stop_at(7), pytest.raises(Interrupted, match=r"stopped at step 7 of .* tiny_clip"):
         build(tmp_path)
-    assert folders(tmp_path) == []
+    again = build(tmp_path)
+    assert again.fingerprint() == trained.fingerprint()
+    assert again.facts["last_epoch_loss"] == trained.facts["last_epoch_loss"]
 
 
 def test_captions_without_labels(tmp_path):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sae_runner.data import build_dataset
 from sae_runner.data.base import Dataset, Example, split_ids
 from sae_runner.data.digits import Digits
-from sae_runner.errors import ConfigError
+from sae_runner.errors import ConfigError, Interrupted
 from sae_runner.models import _tiny_training, build_model, tiny_lm
 from sae_runner.models._tiny_training import Recipe, batches, rate, unigram_loss
 
@@ -131,10 +131,18 @@ def test_training_is_reproducible_and_leaves_the_global_generator_alone(model, t
     assert again.fingerprint() == model.fingerprint()
 
 
+def test_a_stopped_training_goes_on_to_the_same_bits(model, tmp_path, stop_at):
+    with stop_at(41), pytest.raises(Interrupted, match=r"stopped at step 41 of 60 .* tiny_lm"):
+        build(tmp_path)
+    again = build(tmp_path)
+    assert again.fingerprint() == model.fingerprint()
+    assert not list((tmp_path / "models").glob("tiny_lm-*/training"))
+
+
 def test_what_decides_the_weights_decides_the_folder(model, outputs, monkeypatch):
     made = []
 
-    def make(recipe, dataset, folder, data_folder, device):
+    def make(recipe, dataset, folder, data_folder, device, kept):
         made.append(recipe)
         raise KeyboardInterrupt
 
@@ -172,15 +180,15 @@ def test_the_held_out_split_is_never_trained_on(tmp_path, monkeypatch):
     seen, dataset = [], Sentences()
     heldout = set(dataset.ids("heldout").tolist())
     steps = []
-    plain_fit = _tiny_training.fit
+    plain_train = _tiny_training.train
 
     def load(ids):
         seen.extend(map(int, ids))
         return Sentences.load(dataset, ids)
 
-    def fit(network, rows, recipe):
+    def train(network, rows, recipe, kept):
         steps.append(rows)
-        return plain_fit(network, rows, recipe)
+        return plain_train(network, rows, recipe, kept)
 
     def tokenizer(dataset, vocab_size, folder):
         original(dataset, vocab_size, folder)
@@ -188,7 +196,7 @@ def test_the_held_out_split_is_never_trained_on(tmp_path, monkeypatch):
 
     original = _tiny_training.train_tokenizer
     monkeypatch.setattr(dataset, "load", load)
-    monkeypatch.setattr(_tiny_training, "fit", fit)
+    monkeypatch.setattr(_tiny_training, "train", train)
     monkeypatch.setattr(_tiny_training, "train_tokenizer", tokenizer)
     model = build(tmp_path, dataset, n_steps=2)
     packed = model.adapt(dataset)
@@ -249,7 +257,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, options, message):
 
 
 def test_a_divergence_is_said_and_leaves_nothing(tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.learning_rate=.*: training diverged"):
+    with pytest.raises(ConfigError, match=r"model\.learning_rate=.*: diverged"):
         build(tmp_path, learning_rate=1e30, n_steps=10)
     assert not list((tmp_path / "models").glob("tiny_lm-*"))
 

@@ -14,7 +14,7 @@ from sae_runner.config import config_dir
 from sae_runner.data import build_dataset
 from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable
 from sae_runner.data.digits import Digits
-from sae_runner.errors import ConfigError
+from sae_runner.errors import ConfigError, Interrupted
 from sae_runner.models import build_model
 from sae_runner.models.torch_module import CONSTRUCTORS, TorchModule, constructor
 
@@ -81,6 +81,14 @@ def test_it_trains_to_the_accuracy_that_it_claims(host: TorchModule) -> None:
     labels = [e.label for e in examples(digits(), "heldout")]
     commonest = max(labels.count(c) for c in range(10)) / len(labels)
     assert host.facts["heldout"]["commonest_class"] == pytest.approx(commonest)
+
+
+def test_a_stopped_training_goes_on_to_the_same_bits(
+    host: TorchModule, tmp_path: Path, stop_at: Any
+) -> None:
+    with stop_at(9), pytest.raises(Interrupted, match="stopped at step 9 of"):
+        build(tmp_path, digits())
+    assert build(tmp_path, digits()).fingerprint() == host.fingerprint()
 
 
 def test_labels_at_random_cannot_be_learned(tmp_path: Path) -> None:
