@@ -2,6 +2,7 @@
 
 from sae_runner import files
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.data.base import Dataset
 from sae_runner.errors import DataError
 
 NEVER = {
@@ -48,10 +49,21 @@ def warnings_about(
             f"dead horizon {options.dead_window:,} tokens > {n_tokens:,} training tokens{when}: "
             f"{NEVER[strategy]} (trainer.dead_window)"
         )
+    found += limit_warnings(pipeline.raw_dataset)
     if n_dropped:
         found.append(f"{n_dropped:,} training rows dropped as norm outliers")
     if pipeline.cfg["model"].get("weights") == "random":
         found.append("model.weights=random: numbers will say nothing about a trained model")
+    return found
+
+
+def limit_warnings(dataset: Dataset) -> list[str]:
+    """Limits that limit nothing: named, because they make another store of the same examples."""
+    found = []
+    for split, limit in dataset.limits.items():
+        n, key = len(dataset.ids(split)), "n_examples" if split == "train" else "n_heldout"
+        if limit is not None and n < limit:
+            found.append(f"dataset.{key}={limit}: there are {n:,}, the same as null")
     return found
 
 

@@ -28,7 +28,7 @@ from sae_runner.interchange.base import centred
 from sae_runner.log import log_to
 from sae_runner.saes.base import SAE
 from sae_runner.store.reader import Activations, ActivationStore
-from sae_runner.training.loggers import build_sinks, require_installed
+from sae_runner.training.loggers import build_sinks, require_ready
 from sae_runner.training.trainer import Trainer
 
 log = logging.getLogger("sae_runner")
@@ -40,7 +40,7 @@ def check(job: Job) -> None:
     pipeline.check()
     check_one_k(job)
     logger = checked_options(build_sinks, pipeline.cfg["logger"], where="logger")
-    require_installed(logger["type"])
+    require_ready(logger["type"], logger.get("mode", "online"))
     if source := pipeline.root.init_from:
         check_start(source, pipeline)
     if not pipeline.root.force:

@@ -6,7 +6,8 @@ trains here ever sees what it is measured on.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -63,6 +64,8 @@ class Dataset(ABC):
     label_names: tuple[str, ...] | None = None
     random_access: bool = True
     """Whether any id can be read at any time; a stream is read in ascending order only."""
+    limits: Mapping[Split, int | None] = MappingProxyType({})
+    """`dataset.n_examples` and `dataset.n_heldout`, where a dataset has them."""
     max_bad: float
     """`dataset.max_bad`, the share that may be unreadable, where a config says it."""
 

@@ -2,8 +2,7 @@
 
 import logging
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -12,7 +11,8 @@ from PIL import Image
 
 from sae_runner.config import Fraction, NonNegative, Positive
 from sae_runner.data import DATASETS
-from sae_runner.data._sources import OneSplit, Source, fingerprint_of, open_source
+from sae_runner.data._sources import OneSplit, fingerprint_of, open_source
+from sae_runner.data._streams import Stream, features_of, refuse_short_stream
 from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable, split_ids
 from sae_runner.errors import ConfigError, DataError, did_you_mean
 
@@ -127,6 +127,8 @@ class Images(Dataset):
             for key in ("n_examples", "n_heldout"):
                 if self.limits["train" if key == "n_examples" else "heldout"] is None:
                     raise ConfigError(f"dataset.streaming=true needs dataset.{key}=N")
+            n_wanted = sum(limit or 0 for limit in self.limits.values())
+            refuse_short_stream(self.path, self._tables[0], n_wanted)
             return
         for key, table in zip(("path", "heldout_path"), self._tables, strict=False):
             if not len(table):
@@ -213,48 +215,6 @@ class Images(Dataset):
         if isinstance((table.features or {}).get(column), datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
         return table
-
-
-class Stream:
-    """Rows of an iterable table by ascending number; asking for an earlier one starts again."""
-
-    def __init__(self, table: Any, path: str) -> None:
-        self.table, self.path = table, path
-        self.lock = threading.Lock()
-        self.position = 0
-        self.iterator: Iterator[dict[str, Any]] = iter(table)
-
-    def rows(self, ids: Sequence[int] | Ids) -> list[tuple[int, dict[str, Any]]]:
-        """Each id with its row.
-
-        Raises:
-            DataError: the stream is shorter.
-        """
-        with self.lock:
-            return [(int(i), self._row(int(i))) for i in ids]
-
-    def _row(self, i: int) -> dict[str, Any]:
-        if i < self.position:
-            self.iterator, self.position = iter(self.table), 0
-        for row in self.iterator:
-            self.position += 1
-            if self.position == i + 1:
-                return row
-        raise DataError(
-            f"dataset.path={self.path}: the stream ends after {self.position} examples; lower "
-            "dataset.n_examples or dataset.n_heldout"
-        )
-
-
-def features_of(source: Source, path: str) -> Mapping[str, Any]:
-    """Columns and their types; of a stream that does not tell, its first row stands for them."""
-    features = source.table.features
-    if features is None:
-        features = next(iter(source.table), None)
-    if not features:
-        raise DataError(f"dataset.path={path}: no examples in it")
-    found: Mapping[str, Any] = features
-    return found
 
 
 def choose(key: str, given: str | None, features: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 from sae_runner.config import NonNegative, Positive, ProperFraction
 from sae_runner.data import DATASETS
 from sae_runner.data._sources import fingerprint_of
+from sae_runner.data._streams import refuse_short_stream
 from sae_runner.data._text_records import (
     Records,
     Table,
@@ -92,6 +93,8 @@ class Text(Dataset):
         elsewhere = heldout_path is not None or heldout_split is not None
         self._check_options(elsewhere, document_separator)
         self.records = [open_records(path, split, columns, "path", options)]
+        if isinstance(first := self.records[0], Table) and streaming:
+            refuse_short_stream(path, first.table, (n_examples or 0) + (n_heldout or 0))
         if elsewhere:
             where, key = (heldout_path, "heldout_path") if heldout_path else (path, "path")
             other = open_records(where, heldout_split or split, columns, key, options)

@@ -21,7 +21,7 @@ def build_sinks(
     Raises:
         ConfigError: the package is not installed.
     """
-    require_installed(type)
+    require_ready(type, mode)
     if type == "none":
         return ()
     if type == "tensorboard":
@@ -54,13 +54,21 @@ def build_sinks(
     return (lambda row: run.log(row, step=int(row["step"])),)
 
 
-def require_installed(type: str) -> None:
-    """Refuse a logger whose package is absent, before anything is computed.
+def require_ready(type: str, mode: str = "online") -> None:
+    """Refuse a logger whose package or key is absent, before anything is computed.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package is not installed, or nobody is logged in.
     """
     spec = None if type == "none" else importlib.util.find_spec(type)
     # A folder of that name, as wandb leaves one where it runs, has a spec but no file.
     if type != "none" and (spec is None or spec.origin is None):
         raise ConfigError(f"logger={type}: not installed; pip install 'sae-runner[{type}]'")
+    if type == "wandb" and mode == "online":
+        import wandb
+
+        if not wandb.login(prompt=False):
+            raise ConfigError(
+                "logger=wandb: no API key: `wandb login` or WANDB_API_KEY; logger.mode=offline "
+                "needs no account"
+            )

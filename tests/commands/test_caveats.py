@@ -1,7 +1,8 @@
 import pytest
 
-from sae_runner.commands.caveats import warnings_about
+from sae_runner.commands.caveats import limit_warnings, warnings_about
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.data.digits import Digits
 
 BATCH = 256
 
@@ -48,6 +49,12 @@ def test_epochs_and_bounds(about):
         "store has fewer rows than trainer.n_tokens: at least 2.0 epochs of at most 1,000 rows, "
         "reshuffled"
     ]
+
+
+def test_limits_that_limit_nothing_are_named():
+    dataset = Digits(heldout=0.2, n_examples=5000, n_heldout=10, seed=0)
+    assert limit_warnings(dataset) == ["dataset.n_examples=5000: there are 1,438, the same as null"]
+    assert limit_warnings(Digits(heldout=0.2, n_examples=10, n_heldout=None, seed=0)) == []
 
 
 def test_dropped_rows_are_named(about):

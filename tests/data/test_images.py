@@ -13,6 +13,7 @@ from PIL import Image
 from sae_runner.config import config_dir
 from sae_runner.data import build_dataset
 from sae_runner.data._sources import content_hash
+from sae_runner.data._streams import count_ahead
 from sae_runner.data.base import Unreadable
 from sae_runner.errors import ConfigError, DataError
 
@@ -161,6 +162,18 @@ def test_webdataset_with_captions(tmp_path, streaming):
     assert dataset.label_names is None and examples[0].label is None
 
 
+def test_a_short_archive_is_refused_by_its_headers(tmp_path, monkeypatch):
+    path = webdataset(tmp_path / "shard.tar", 8)
+    webdataset(tmp_path / "second.tar", 8)
+    assert [count_ahead([path], n) for n in (3, 8, 9)] == [3, 8, 8]
+    assert count_ahead([path, tmp_path / "second.tar"], 99) == 16
+    with pytest.raises(DataError, match=r"ends after 8 examples; lower dataset\.n_examples"):
+        build(path, streaming=True, n_heldout=2, n_examples=7)
+    assert count_ahead([path], 10**9) is None  # That many headers are better not read.
+    (tmp_path / "broken.tar").write_bytes(b"\x01" * 600)
+    assert count_ahead([tmp_path / "broken.tar"], 5) is None
+
+
 def test_a_stream_holds_out_its_first_and_starts_again(parquet):
     dataset = build(parquet, streaming=True, n_heldout=3, n_examples=6)
     assert not dataset.random_access
@@ -171,6 +184,9 @@ def test_a_stream_holds_out_its_first_and_starts_again(parquet):
     assert numbers(dataset.load([0, 1])) == [0, 1]
     with pytest.raises(DataError, match="ends after 12 examples"):
         dataset.load([12])
+    build(parquet, streaming=True, n_heldout=3, n_examples=9)
+    with pytest.raises(DataError, match="ends after 12 examples"):  # Before a row is read.
+        build(parquet, streaming=True, n_heldout=3, n_examples=10)
     with pytest.raises(ConfigError, match=r"needs dataset\.n_examples=N"):
         build(parquet, streaming=True, n_heldout=3)
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from sae_runner.errors import ConfigError
-from sae_runner.training.loggers import build_sinks, require_installed
+from sae_runner.training.loggers import build_sinks, require_ready
 
 ROWS = [{"step": t, "n_tokens": 10.0 * t, "loss": 1.0 / t} for t in (3, 4)]
 
 
 def test_none_is_nothing(tmp_path):
     assert build_sinks(tmp_path, {}, type="none") == ()
-    require_installed("none")
+    require_ready("none")
 
 
 @pytest.mark.parametrize("type", ["tensorboard", "wandb"])
@@ -26,7 +26,7 @@ def test_an_absent_package_is_one_line_that_names_its_extra(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match=line):
         build_sinks(tmp_path, {}, type=type)
     with pytest.raises(ConfigError, match=line):
-        require_installed(type)
+        require_ready(type)
 
 
 def present(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
@@ -59,6 +59,19 @@ def test_tensorboard_gets_every_number_and_forgets_what_a_resume_repeats(tmp_pat
     assert made == [(str(tmp_path / "tensorboard"), 30)]
     assert written[:4] == [("step", 3, 30), ("n_tokens", 30.0, 30), ("loss", 1 / 3, 30), "flush"]
     assert ("loss", 1 / 4, 40) in written and written[-1] == "flush"
+
+
+def test_an_absent_key_is_said_before_anything_is_computed(monkeypatch):
+    module = types.ModuleType("wandb")
+    asked = []
+    module.login = lambda prompt: asked.append(prompt)  # None: nobody is logged in.
+    present(monkeypatch, wandb=module)
+    with pytest.raises(ConfigError, match=r"^logger=wandb: no API key.*logger\.mode=offline"):
+        require_ready("wandb", "online")
+    assert asked == [False]
+    require_ready("wandb", "offline")
+    module.login = lambda prompt: True
+    require_ready("wandb", "online")
 
 
 def test_a_resumed_run_goes_on_with_its_wandb_curve(tmp_path, monkeypatch):
