@@ -1,4 +1,4 @@
-"""Tables that are read in order and never kept: rows by ascending number, and how many there are."""
+"""Tables that are read in order and never kept: rows by ascending number, and their count."""
 
 import tarfile
 import threading
