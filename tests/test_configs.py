@@ -15,6 +15,7 @@ from sae_runner.models import COMMON_KEYS as MODEL_KEYS
 from sae_runner.models import MODELS
 from sae_runner.saes import SAES
 from sae_runner.training.dead_latents import DEAD_LATENTS
+from sae_runner.training.objectives import OBJECTIVES
 from sae_runner.training.options import TrainOptions
 
 ROOT = Path(config_dir())
@@ -39,11 +40,14 @@ def test_every_option_composes_and_fits_its_class(path):
     if group == "sae":
         DEAD_LATENTS.check(cfg["sae"]["dead_latents"])
         assert set(cfg[group]) >= COMMON[group]
+    if group in ("sae", "trainer"):
+        OBJECTIVES.check(cfg["trainer"]["objective"])
     if group == "evaluators":
         assert list(cfg["evaluators"]) == [option]
         EVALUATORS.check(cfg["evaluators"][option])
     if group == "experiment":
-        train_options = construct(TrainOptions.from_config, cfg["trainer"], where="trainer")
+        own = {k: v for k, v in cfg["trainer"].items() if k != "objective"}
+        train_options = construct(TrainOptions.from_config, own, where="trainer")
         options = {k: v for k, v in cfg["sae"].items() if k != "dead_latents"}
         with torch.device("meta"):
             sae = SAES.build(options, d_in=512, d_out=512)
@@ -65,6 +69,16 @@ def test_every_strategy_for_dead_latents_has_a_yaml_that_fits():
         cfg = OmegaConf.to_container(composed(f"sae/dead_latents={name}"), resolve=True)
         DEAD_LATENTS.check(cfg["sae"]["dead_latents"])
         assert cfg["sae"]["dead_latents"]["type"] == name
+
+
+@pytest.mark.parametrize("option", sorted(p.stem for p in ROOT.glob("trainer/objective/*.yaml")))
+@pytest.mark.parametrize("sae", ["topk", "gated"])  # Which name different trainers.
+def test_every_objective_fits_its_class_under_every_trainer(option, sae):
+    words = [f"sae={sae}", f"trainer/objective={option}"]
+    cfg = OmegaConf.to_container(composed(*words), resolve=True)
+    OBJECTIVES.check(cfg["trainer"]["objective"])
+    types = {p.stem for p in (ROOT / "trainer" / "objective").glob("*.yaml")}
+    assert set(OBJECTIVES.names()) <= types
 
 
 @pytest.mark.parametrize("registry", [MODELS, DATASETS], ids=lambda r: r.kind)
@@ -93,7 +107,11 @@ def test_groups_without_a_registry_fit_their_options():
     site = {k: v for k, v in cfg["site"].items() if k not in ("name", "target")}
     for target, options, where in (
         (StoreOptions.from_config, cfg["store"], "store"),
-        (TrainOptions.from_config, cfg["trainer"], "trainer"),
+        (
+            TrainOptions.from_config,
+            {k: v for k, v in cfg["trainer"].items() if k != "objective"},
+            "trainer",
+        ),
         (EvalOptions.from_config, cfg["eval"], "eval"),
         (TokenSelection.from_config, {k: v for k, v in site.items()}, "site"),
     ):

@@ -16,7 +16,7 @@ from typing import Any
 
 from sae_runner import files
 from sae_runner.checkpoint import find_checkpoint, read_facts
-from sae_runner.commands import names
+from sae_runner.commands import names, objectives
 from sae_runner.commands.options import (
     GROUPS,
     KEYS,
@@ -319,10 +319,11 @@ class Pipeline:
 
     @cached_property
     def train_options(self) -> TrainOptions:
-        """The `trainer` group."""
-        options: TrainOptions = construct(
-            TrainOptions.from_config, self.cfg["trainer"], where="trainer"
-        )
+        """The `trainer` group; where steps take inputs, its batches are of whole examples."""
+        own = {k: v for k, v in self.cfg["trainer"].items() if k != "objective"}
+        options: TrainOptions = construct(TrainOptions.from_config, own, where="trainer")
+        if objectives.runs_the_model(self):
+            return objectives.whole_examples(options, self.rows_per_example(self.site))
         return options
 
     @cached_property
@@ -357,6 +358,7 @@ class Pipeline:
             self._check_target()
             sae = self.build_sae(self.site.d, device="meta")
             self.build_dead_latents(sae)
+            objectives.check(self, sae)
             for name, evaluator in self.evaluators.items():
                 try:
                     evaluator.check(self.raw_dataset)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sae_runner import files
-from sae_runner.commands import memory
+from sae_runner.commands import memory, objectives
 from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.eval import evaluate
 from sae_runner.commands.job import Job
@@ -22,6 +22,7 @@ from sae_runner.commands.train import (
     trainer_of,
 )
 from sae_runner.config import resolve_device
+from sae_runner.errors import ConfigError
 from sae_runner.log import log_to, speaking
 from sae_runner.store.activations import Activations
 from sae_runner.training.together import run_together
@@ -73,8 +74,15 @@ def main(jobs: Sequence[Job], memory_gb: float | None) -> list[Exception | None]
     Args:
         jobs: of one `train` sweep.
         memory_gb: what the SAEs that train at once may take; None: most of what is free.
+
+    Raises:
+        ConfigError: a job trains on inputs, not on rows that others could share.
     """
     runs = [Run(job) for job in jobs]
+    if any(objectives.runs_the_model(run.pipeline) for run in runs):
+        raise ConfigError(
+            "hydra/launcher=together: trainer/objective=e2e has no batches to share; use basic"
+        )
     for run in runs:
         with run.attempt():
             check(run.job)

@@ -16,6 +16,7 @@ from sae_runner.checkpoint import (
     read_facts,
     step_dirs,
 )
+from sae_runner.commands import objectives
 from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.caveats import warnings_about
 from sae_runner.commands.eval import evaluate, run_record
@@ -174,8 +175,10 @@ def trainer_of(run_dir: Path, pipeline: Pipeline, store: Activations) -> Trainer
     for warning in warnings_of(pipeline, store):
         log.warning(warning)
     device, options = torch.device(resolve_device(pipeline.root.device)), pipeline.train_options
+    sae = pipeline.build_sae(store.d_in)
+    objective, source = objectives.build_both(pipeline, sae, store)
     trainer = Trainer(
-        pipeline.build_sae(store.d_in),
+        sae,
         store,
         options,
         run_dir,
@@ -184,6 +187,8 @@ def trainer_of(run_dir: Path, pipeline: Pipeline, store: Activations) -> Trainer
         device=device,
         facts=origin(pipeline, store),
         dead_latents=pipeline.dead_latents,
+        objective=objective,
+        source=source,
         prefetch=pipeline.store_options.prefetch,
         sinks=construct(
             build_sinks, pipeline.cfg["logger"], where="logger", run_dir=run_dir,

@@ -68,7 +68,7 @@ def from_config(
             raise ConfigError(
                 f"model.weights={source}: {architecture} is no decoder or encoder of text"
             )
-        trained = True
+        trained = not (kind is AutoModelForMaskedLM and _is_body(config))
         if meta:
             with torch.device("meta"):
                 network = kind.from_config(config, dtype=dtype)
@@ -83,6 +83,12 @@ def from_config(
         sites = layout(network, architecture, root)
     encoder = kind is AutoModelForMaskedLM
     return Pretrained(root, sites, config, architecture, encoder, trained, source)
+
+
+def _is_body(config: Any) -> bool:
+    """Whether the configuration says that weights without a head were kept."""
+    saved = getattr(config, "architectures", None) or []
+    return bool(saved) and all(name.endswith("Model") and "Head" not in name for name in saved)
 
 
 def _head_is_trained(network: Any, missing: set[str], source: str) -> bool:

@@ -23,6 +23,7 @@ from sae_runner.models._taps import Tap as Tap
 from sae_runner.models._taps import attach, left_out
 
 Edit = Callable[[Float[Tensor, "n tokens d"]], Float[Tensor, "n tokens d"]]
+Output = Literal["token_logits", "class_logits", "features"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def split(self, n: int) -> list["Inputs"]:
+        """Parts of n examples; the last may have fewer."""
+        starts = range(0, len(self), n)
+        return [self.map(lambda tensor, i=i: tensor[i : i + n]) for i in starts]  # type: ignore[misc]
+
     def to(self, device: str | torch.device) -> "Inputs":
         """The same batch on another device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -90,6 +96,9 @@ class Model(ABC):
 
     modality: Literal["image", "text", "rows"]
     device: torch.device
+    output: Output = "features"
+    """What `splice` gives: logits of trained weights, [n, t, vocab] or [n, classes], or anything
+    else (embeddings, hidden states, rows), which is no distribution."""
 
     @abstractmethod
     def sites(self) -> dict[str, SiteInfo]:

@@ -79,6 +79,7 @@ class Timm(HookedModel):
         self.version = timm.__version__
         trunk = find_sites(network, self.probe(1).tensors["pixels"].to(self.dtype))
         self._found_taps, self.block_paths = trunk.taps, trunk.block_paths
+        self.output = "class_logits" if network.num_classes else "features"
         self.n_prefix, self.has_cls, self.grid = trunk.n_prefix, trunk.has_cls, trunk.grid
         self._hashed: tuple[int, str] | None = None
 

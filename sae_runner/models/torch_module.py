@@ -68,6 +68,7 @@ class TorchModule(HookedModel):
     """
 
     modality = "image"
+    output = "class_logits"
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class TextHost(HookedModel):
         self.block_paths = loaded.layout.block_paths
         self.has_cls = loaded.encoder
         self.has_trained_head = loaded.has_trained_head
+        self.output = "token_logits" if loaded.has_trained_head else "features"
         self._by_name = dict(self.network.named_modules())
 
     @cached_property

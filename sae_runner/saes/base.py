@@ -42,13 +42,19 @@ class Loss(NamedTuple):
     parts: dict[str, Tensor]
     """Summands of `total` before any weighting, by name, and other scalars worth a curve."""
     x_hat: Float[Tensor, "n d_out"]
-    """Reconstruction in the units of x."""
+    """Reconstruction in the units of x, with its gradient: `total` uses it, and others may."""
     fired: Int64[Tensor, " d_sae"]
     """How many rows of the batch each latent was active in."""
     l0: Float[Tensor, ""]
     """Mean number of active latents of a row."""
     residual: Float[Tensor, "n d_out"]
     """What the reconstruction leaves over, in scaled units; no gradient flows through it."""
+    x: Float[Tensor, "n width"]
+    """The rows that it is the loss of."""
+    error: Float[Tensor, ""]
+    """The summand of `total` that is the error of `x_hat`, with its gradient."""
+    rest: Float[Tensor, ""]
+    """The other summands, weighted: sparsity, a gate's own error."""
 
 
 class TrainState(NamedTuple):
@@ -71,6 +77,8 @@ class SAE(Weights):
     """Whether a penalty leads to the L0, so that `target_l0` is reached by controlling it."""
     resampling_refused: ClassVar[str] = ""
     """Why its latents cannot be pointed at chosen directions, if they cannot."""
+    end_to_end_refused: str = ""
+    """Why a model's output cannot stand in for the error of its reconstruction, if it cannot."""
     pre_act_refused: ClassVar[str] = ""
     """Why raising a pre-activation to its threshold would make no latent fire, if it would not."""
     calibrates: ClassVar[bool] = False
@@ -167,14 +175,15 @@ class SAE(Weights):
     ) -> Loss:
         """The squared error of `x_hat` (scaled) plus `coefficient · value` of each further term."""
         residual = scaled - x_hat
-        name, total = self.error(residual.square().sum(1), scaled)
-        parts = {name: total.detach()}
+        name, error = self.error(residual.square().sum(1), scaled)
+        parts, total, rest = {name: error.detach()}, error, error.new_zeros(())
         for term, (coefficient, value) in terms.items():
-            total = total + coefficient * value
+            weighted = coefficient * value
+            total, rest = total + weighted, rest + weighted
             parts[term] = value.detach()
         l0 = fired.sum() / max(len(x), 1)
-        x_hat = self.unscaled(x_hat.detach(), x)
-        return Loss(total, parts, x_hat, fired, l0, residual.detach())
+        x_hat = self.unscaled(x_hat, x)
+        return Loss(total, parts, x_hat, fired, l0, residual.detach(), x, error, rest)
 
     def initialise(self, stats: ActivationStats, generator: torch.Generator) -> None:
         """Set scales from `stats`, and draw the weights on the generator's device.

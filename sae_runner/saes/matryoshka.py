@@ -31,6 +31,7 @@ class Matryoshka(BatchTopK):
     """
 
     kind = "matryoshka"
+    end_to_end_refused = "each prefix of its latents reconstructs the site itself; take batch_topk"
 
     def __init__(
         self,

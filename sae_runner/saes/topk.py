@@ -51,6 +51,8 @@ class TopK(SAE):
             "k_anneal": k_anneal,
         }  # fmt: skip
         super().__init__(d_in, options=options, **common)
+        if multi_topk:
+            self.end_to_end_refused = "sae.multi_topk is a second error of the site; set it to 0"
         if selection == "groupmax":
             if self.d_sae % self.k:
                 raise ConfigError(f"sae.k={self.k}: groupmax needs a divisor of d_sae={self.d_sae}")

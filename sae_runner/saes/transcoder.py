@@ -31,6 +31,7 @@ class Transcoder(TopK):
     """
 
     kind = "transcoder"
+    end_to_end_refused = "it predicts another site than it reads"
     resampling_refused = (
         "latents write to another site than they read: no row shows both directions"
     )

@@ -1,7 +1,7 @@
 """Examples read and preprocessed in the background, in order, while the model computes."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -20,7 +20,15 @@ class Loaded(NamedTuple):
 def load_batches(
     dataset: Dataset, model: Model, ids: Ids, batch_size: int, workers: int
 ) -> Iterator[Loaded]:
-    """Batches of `ids`, in order; at most `workers + 1` are held at a time.
+    """Batches of `ids`, in order; see `load_chunks`."""
+    chunks = (ids[start : start + batch_size] for start in range(0, len(ids), batch_size))
+    return load_chunks(dataset, model, chunks, workers)
+
+
+def load_chunks(
+    dataset: Dataset, model: Model, chunks: Iterable[Ids], workers: int
+) -> Iterator[Loaded]:
+    """A batch of each chunk of ids, in order; at most `workers + 1` are held at a time.
 
     Threads, not processes: decoding and tokenising release the interpreter's lock, and nothing has
     to be copied between processes or imported again.
@@ -32,7 +40,6 @@ def load_batches(
         good = [example for example in found if not isinstance(example, Unreadable)]
         return Loaded(model.prepare(good) if good else None, bad)
 
-    chunks = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
     if workers == 0 or not dataset.random_access:
         yield from map(load, chunks)
         return

@@ -4,11 +4,12 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
-from sae_runner.store.activations import Batch
+Batch = TypeVar("Batch")
 
 
-class Prefetched:
+class Prefetched(Generic[Batch]):
     """An iterator read ahead by a thread; `wait_s` is the time its user stood waiting."""
 
     def __init__(self, source: Iterator[Batch], depth: int) -> None:
@@ -37,7 +38,7 @@ class Prefetched:
             return True
         return False
 
-    def __iter__(self) -> "Prefetched":
+    def __iter__(self) -> "Prefetched[Batch]":
         return self
 
     def __next__(self) -> Batch:

@@ -96,6 +96,16 @@ class TrainOptions:
         """Whole batches in the budget of rows."""
         return self.n_tokens // self.batch_size
 
+    @property
+    def half(self) -> bool:
+        """Whether the loss is computed in half precision, where that is safe."""
+        return self.precision == "bf16"
+
+    @property
+    def n_parts(self) -> int:
+        """In how many parts a batch is taken."""
+        return -(-self.batch_size // (self.micro_batch_size or self.batch_size))
+
     def checkpoint_steps(self) -> set[int]:
         """Steps after which a checkpoint is kept; the last one comes always.
 

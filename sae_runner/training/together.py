@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from sae_runner import signals
 from sae_runner.log import Progress
+from sae_runner.store.activations import Batch
 from sae_runner.store.prefetch import Prefetched
 from sae_runner.training.trainer import Trainer
 
@@ -11,8 +12,8 @@ from sae_runner.training.trainer import Trainer
 def run_together(trainers: Sequence[Trainer], failed: Callable[[Trainer, Exception], None]) -> None:
     """Train all to the end of their budgets; each ends with the bits it would have alone.
 
-    They share device, store, batch size, order of the data and the position to start from. One that
-    fails is handed to `failed` and left out; the others go on.
+    They are trained on rows, and share device, store, batch size, order of the data and the
+    position to start from. One that fails is handed to `failed` and left out; the others go on.
 
     Raises:
         Interrupted: a stop was asked for; the state of every one is saved.
@@ -31,6 +32,7 @@ def run_together(trainers: Sequence[Trainer], failed: Callable[[Trainer, Excepti
                 batch = batches.next_unless(stop)
                 if batch is None:
                     break
+                assert isinstance(batch, Batch)
                 batch = batch._replace(x=batch.x.to(longest.device))
                 for trainer in list(going):
                     try:

@@ -1,6 +1,6 @@
-"""The training loop: rows in, a trained SAE, checkpoints and a log of metrics out.
+"""The training loop: batches in, a trained SAE, checkpoints and a log of metrics out.
 
-It knows the SAE's interface and a stream of batches, and no architecture by name.
+It knows the SAE's interface, an objective and a stream of batches, and none of them by name.
 """
 
 import copy
@@ -8,35 +8,42 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_runner import files, signals
-from sae_runner.checkpoint import save_checkpoint, step_dirs
-from sae_runner.errors import ConfigError, StoreError
+from sae_runner import signals
+from sae_runner.errors import ConfigError
 from sae_runner.log import Progress
+from sae_runner.models.base import Inputs
 from sae_runner.saes.base import SAE, Loss, TrainState
 from sae_runner.store.activations import Activations, Batch, Position
+from sae_runner.store.inputs import InputBatch
 from sae_runner.store.prefetch import Prefetched
-from sae_runner.training import schedules
+from sae_runner.training import saving, schedules
 from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.dead_latents.base import DeadLatents
 from sae_runner.training.ema import AveragedWeights
 from sae_runner.training.guardrails import Guardrails
+from sae_runner.training.intervention import intervene
 from sae_runner.training.journal import Journal, LogSink
+from sae_runner.training.objectives import OBJECTIVES
+from sae_runner.training.objectives.base import Objective, Source
 from sae_runner.training.options import TrainOptions as TrainOptions
+from sae_runner.training.parts import detached, merged
 from sae_runner.training.target_l0 import TargetL0
 
 log = logging.getLogger("sae_runner")
-RESAMPLE_SEED = 0x726573  # "res"
 
 
 class Trainer:
-    """Steps one SAE over a store; `run` returns when the budget is spent or a stop is asked for."""
+    """Steps one SAE; `run` returns when the budget is spent or a stop is asked for.
+
+    Batches come from `source` and are judged by `objective`: by default rows of the store, by the
+    SAE's own loss. Statistics, resampling and thresholds are of the store's rows in any case.
+    """
 
     def __init__(
         self,
@@ -50,12 +57,16 @@ class Trainer:
         device: torch.device,
         facts: dict[str, Any],
         dead_latents: dict[str, Any] | None = None,
+        objective: Objective | None = None,
+        source: Source | None = None,
         prefetch: int = 2,
         sinks: tuple[LogSink, ...] = (),
     ) -> None:
         self.sae, self.store, self.options, self.run_dir = sae.to(device), store, options, run_dir
         self.seed, self.data_seed, self.device = seed, data_seed, device
         self.facts, self.prefetch = facts, prefetch
+        self.objective: Objective = objective or OBJECTIVES.build({"type": "local"}, sae=sae)
+        self.source: Source = source or store
         self.lr = schedules.learning_rate(options.lr, sae.d_sae)
         self.optimizer = torch.optim.Adam(
             sae.parameters(),
@@ -83,8 +94,7 @@ class Trainer:
         if options.checkpoint_interventions:
             self.keep_at |= self.dead.milestones(options.n_steps)
         self.averaged: AveragedWeights | None = None
-        self.used = sae
-        """What is saved for use, once training is over."""
+        self.used = sae  # What is saved for use, once training is over.
         self.saved_step, self.saved_at = 0, time.monotonic()
 
     # -- Where to start --------------------------------------------------------------------------
@@ -97,9 +107,10 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             self.sae.initialise(stats, generator)
-        self._begin_average()
+        self.begin_average()
 
-    def _begin_average(self) -> None:
+    def begin_average(self) -> None:
+        """Average from the weights that are there, if averaged weights are asked for."""
         if self.options.ema is not None:
             self.averaged = AveragedWeights(self.sae, self.options.ema)
 
@@ -111,30 +122,7 @@ class Trainer:
         Raises:
             StoreError: something that this configuration needs is not in it.
         """
-        try:
-            self._restore(state, weights, optimizer)
-            self.position = Position(**state["position"])
-            self.step = self.saved_step = state["step"]  # Last: what failed before begins anew.
-        except KeyError as error:
-            raise StoreError(f"checkpoint of step {state.get('step')} lacks {error}") from None
-        self.journal.go_back_to(self.step)
-
-    def _restore(
-        self, state: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor]
-    ) -> None:
-        self.sae.load_tensors(weights)
-        self.dead.rows_since_fired.copy_(optimizer.pop("dead.rows_since_fired"))
-        self._begin_average()
-        if self.averaged is not None:
-            self.averaged.restore(optimizer)
-        if self.target_l0 is not None:
-            self.target_l0.restore(state["target_l0"])
-        for name, parameter in self.sae.named_parameters():
-            slots = {k.split("/")[1]: v for k, v in optimizer.items() if k.startswith(name + "/")}
-            self.optimizer.state[parameter] = {
-                k: v if k == "step" and self.device.type == "cpu" else v.to(self.device)
-                for k, v in slots.items()
-            }
+        saving.restore(self, state, weights, optimizer)
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -147,12 +135,8 @@ class Trainer:
         """
         options = self.options
         batches = Prefetched(self.batches(), self.prefetch)
-        progress = Progress(
-            "train",
-            options.n_steps * options.batch_size,
-            "rows",
-            done=self.step * options.batch_size,
-        )
+        size = options.batch_size
+        progress = Progress("train", options.n_steps * size, "rows", done=self.step * size)
         try:
             with signals.deferred() as stop:
                 while self.step < options.n_steps:
@@ -165,7 +149,7 @@ class Trainer:
                     if row:
                         note = f"loss {row['loss']:.4g} fvu {row['fvu']:.3f} l0 {row['l0']:.1f}"
                         progress.advance(0, note)
-                    progress.advance(len(batch.x))
+                    progress.advance(size)
         finally:
             progress.close()
             batches.close()
@@ -178,15 +162,19 @@ class Trainer:
         self.journal.begin(self.step)
         self.saved_at = time.monotonic()
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch | InputBatch]:
         """The batches that are still to come, after `begin`."""
         self.begin()
-        shuffled = self.store.shuffled(self.options.batch_size, self.data_seed, start=self.position)
+        size = self.options.batch_size
+        shuffled = self.source.shuffled(size, self.data_seed, start=self.position)
         # No more than will be used: a stream must not keep the model busy once training is over.
         return itertools.islice(shuffled, self.options.n_steps - self.step)
 
     def advance(
-        self, batch: Batch, wait_s: float = 0.0, stop: signals.StopRequest | None = None
+        self,
+        batch: Batch | InputBatch,
+        wait_s: float = 0.0,
+        stop: signals.StopRequest | None = None,
     ) -> dict[str, float] | None:
         """Take a step on a batch, and log and save what is due; the line of metrics.jsonl if any.
 
@@ -198,49 +186,27 @@ class Trainer:
         self.step, self.position = self.step + 1, batch.position
         row, last = None, self.step == self.options.n_steps
         if self.step % self.options.log_every == 0 or last:
-            row = self.log_metrics(batch.x, loss, grad_norm, lr)
+            row = self.log_metrics(loss, grad_norm, lr)
             self.journal.timings(self.step, wait_s)
         stopping = bool(stop)  # A signal that comes later waits for the next step.
         if self.step in self.keep_at or last or stopping or self.save_is_due():
-            target = self.sae.target_of(batch.x.to(self.device))
-            self.guardrails.check_sound(self.step, target, loss, grad_norm)
+            self.guardrails.check_sound(self.step, self.sae.target_of(loss.x), loss, grad_norm)
             self.save(wait_s)
         if last:
-            x = self.sae.input_of(batch.x.to(self.device))
+            x = self.sae.input_of(loss.x)
             self.guardrails.look_at_end(self.step, float(loss.l0), self.used, x)
         if stop is not None and (stopping or (last and stop)):
             self._interrupt(stop)
         return row
 
-    def intervene(self) -> None:
-        """Let the strategy for dead latents change weights, by rows of an order of its own."""
-        seed = self.data_seed + RESAMPLE_SEED + self.step
-        rows = (x.to(self.device) for x in self.epoch(seed))
-        generator = torch.Generator().manual_seed(self.seed + seed)
-        n_dead = int(self.dead.dead.sum())
-        if self.sae.calibrates:  # Now, whenever it was last saved: what is drawn rests on its map.
-            self.calibrate(self.sae)
-        self.dead.intervene(rows, self.optimizer, generator)
-        self.sae.after_step()
-        log.info("step %d: %d dead latents pointed at badly reconstructed rows", self.step, n_dead)
-
-    def epoch(self, seed: int) -> Iterator[Tensor]:
-        """Every training row once, in batches, in the order of `seed`."""
-        left = self.store.n_rows("train")
-        for batch in self.store.shuffled(self.options.batch_size, seed):
-            yield batch.x[:left]
-            left -= len(batch.x)
-            if left <= 0:
-                return
-
     def _interrupt(self, stop: signals.StopRequest) -> None:
         stop.interrupt(f"stopped at step {self.step}; type the same command to go on")
 
-    def take_step(self, x: Tensor) -> tuple[Loss, Tensor, float]:
-        """One update on a batch [n, d_in]: the loss of its last part, gradient norm, lr."""
+    def take_step(self, x: Tensor | Inputs) -> tuple[Loss, Tensor, float]:
+        """One update on a batch of rows [n, d_in] or of inputs: its loss, gradient norm, lr."""
         options, sae = self.options, self.sae
         if self.step in self.intervention_steps:  # A checkpoint of this step is from before.
-            self.intervene()
+            intervene(self)
         lr_factor = schedules.lr_factor(
             self.step,
             options.n_steps,
@@ -256,15 +222,13 @@ class Trainer:
             penalty *= self.target_l0.factor
         state = TrainState(penalty, self.step / options.n_steps)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = torch.split(x, options.micro_batch_size or len(x))
         losses = []
-        for part in parts:
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=options.precision == "bf16"
-            ):
-                loss = self.dead.add_to(sae.loss(part, state), sae.input_of(part))
+        for part in x.split(-(-len(x) // options.n_parts)):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=options.half):
+                loss = self.objective.loss(part, state)
+                loss = self.dead.add_to(loss, sae.input_of(loss.x))
             (loss.total * (len(part) / len(x))).backward()  # type: ignore[no-untyped-call]
-            losses.append(Loss(*(_detached(field) for field in loss)))
+            losses.append(detached(loss))
         sae.before_step()
         # An unreachable bound measures without clipping.
         grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -274,17 +238,17 @@ class Trainer:
         sae.after_step()
         if self.averaged is not None:
             self.averaged.update(sae)
-        whole = _merged(losses)
-        self.dead.update(whole.fired, len(x))
+        whole = merged(losses)
+        self.dead.update(whole.fired, len(whole.x))
         if self.target_l0 is not None:
             self.target_l0.update(float(whole.l0), state.progress)
         return whole, grad_norm, lr
 
     # -- What is kept ----------------------------------------------------------------------------
 
-    def log_metrics(self, x: Tensor, loss: Loss, grad_norm: Tensor, lr: float) -> dict[str, float]:
+    def log_metrics(self, loss: Loss, grad_norm: Tensor, lr: float) -> dict[str, float]:
         """Append one line to metrics.jsonl and hand it to the loggers."""
-        x = self.sae.target_of(x.to(self.device))
+        x = self.sae.target_of(loss.x)
         error = (x - loss.x_hat).square().sum()
         variance = (x - self.mean).square().sum()
         row: dict[str, float] = {
@@ -331,59 +295,4 @@ class Trainer:
         Raises:
             ConfigError: a weight is not finite.
         """
-        folder = self.run_dir / "checkpoints" / f"step_{self.step:08d}"
-        if self.step == self.saved_step and folder.is_dir():
-            return
-        self.guardrails.check_weights(self.step)
-        used = self.for_inference()
-        self.used = used if self.step == self.options.n_steps else self.sae
-        self.journal.timings(self.step, wait_s)
-        self.journal.flush()  # On disk before the step they reach to.
-        last = self.step == self.options.n_steps
-        state: dict[str, Any] = {"step": self.step, "position": asdict(self.position)}
-        if self.target_l0 is not None:
-            state["target_l0"] = self.target_l0.state()
-        tensors = {"dead.rows_since_fired": self.dead.rows_since_fired}
-        if self.averaged is not None:
-            tensors |= self.averaged.tensors()
-        for name, parameter in self.sae.named_parameters():
-            for slot, value in self.optimizer.state[parameter].items():
-                tensors[f"{name}/{slot}"] = value
-        keep_state = not last or self.options.keep_state
-        save_checkpoint(
-            folder,
-            self.sae,
-            {**self.facts, "step": self.step, "n_tokens": self.step * self.options.batch_size},
-            state=state if keep_state else None,
-            optimizer=tensors if keep_state else None,
-            inference=used,
-        )
-        kept = self.keep_at | {self.step}
-        if not last:
-            kept.add(self.saved_step)
-        self.saved_step, self.saved_at = self.step, time.monotonic()
-        for other in step_dirs(self.run_dir):
-            if int(other.name[5:]) not in kept:
-                files.remove(other)
-        log.debug("saved %s", folder)
-
-
-def _detached(field: Any) -> Any:
-    if isinstance(field, dict):
-        return {k: v.detach() for k, v in field.items()}
-    return field.detach()
-
-
-def _merged(losses: list[Loss]) -> Loss:
-    """The loss of a whole batch from those of its equal parts."""
-    if len(losses) == 1:
-        return losses[0]
-    n = len(losses)
-    return Loss(
-        sum((loss.total for loss in losses), torch.zeros_like(losses[0].total)) / n,
-        {k: torch.stack([loss.parts[k] for loss in losses]).mean() for k in losses[0].parts},
-        torch.cat([loss.x_hat for loss in losses]),
-        torch.stack([loss.fired for loss in losses]).sum(0),
-        torch.stack([loss.l0 for loss in losses]).mean(),
-        torch.cat([loss.residual for loss in losses]),
-    )
+        saving.save(self, wait_s)

@@ -247,10 +247,12 @@ def test_loss_reports_what_the_map_does(make, rows, kind):
         sae.calibrate(iter([x[:9], x[9:]]), len(x))
     loss = sae.loss(x, TrainState())
     acts = sae.encode(x).detach().numpy()
-    torch.testing.assert_close(loss.x_hat, sae(x).x_hat.detach())
+    torch.testing.assert_close(loss.x_hat, sae(x).x_hat)
+    assert loss.x is x
+    torch.testing.assert_close(loss.error + loss.rest, loss.total)
     assert loss.fired.tolist() == (acts != 0).sum(0).tolist()
     assert loss.l0.item() == pytest.approx((acts != 0).sum(1).mean())
-    assert not loss.x_hat.requires_grad
+    assert loss.x_hat.requires_grad and not loss.residual.requires_grad
     assert not any(part.requires_grad for part in loss.parts.values())
     assert loss.total.requires_grad
 

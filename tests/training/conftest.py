@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from sae_runner.config import config_dir, construct, preset
+from sae_runner.config import construct, preset
 from sae_runner.data.base import Split
 from sae_runner.models.base import SiteInfo
 from sae_runner.saes import SAES
@@ -56,7 +55,7 @@ class Rows(Activations):
 
 
 def options_of(**changes: Any) -> TrainOptions:
-    cfg: Any = OmegaConf.to_container(OmegaConf.load(f"{config_dir()}/trainer/default.yaml"))
+    cfg = preset("trainer", "default")
     small = {"n_tokens": 640, "batch_size": 32, "lr": 3e-3, "dead_window": 96, "log_every": 1}
     options: TrainOptions = construct(
         TrainOptions.from_config, {**cfg, **small, **changes}, where="trainer"

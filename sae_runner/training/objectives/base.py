@@ -1,0 +1,37 @@
+"""What a step of training minimises, and of what: rows of a site, or inputs of a model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from sae_runner.models.base import Inputs
+from sae_runner.saes.base import SAE, Loss, TrainState
+from sae_runner.store.activations import Batch, Position
+from sae_runner.store.inputs import InputBatch
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where batches come from: a store of rows, or the inputs themselves."""
+
+    def shuffled(
+        self, batch_size: int, seed: int, *, start: Position
+    ) -> Iterator[Batch] | Iterator[InputBatch]:
+        """Batches of about `batch_size` rows, without end; batch t follows from (seed, t)."""
+        ...
+
+
+class Objective(ABC):
+    """Judges the reconstructions of one SAE."""
+
+    on_inputs: ClassVar[bool] = False
+    """Whether its batches are inputs, which it runs the model on, and not rows."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
+
+    @abstractmethod
+    def loss(self, x: Tensor | Inputs, state: TrainState) -> Loss:
+        """What a step minimises on a batch or on a part of one; `Loss.x` are the rows in it."""

@@ -1,0 +1,216 @@
+"""End-to-end training (Braun et al. 2024, arXiv 2405.12241): what counts is what comes out."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae_runner.config import NonNegativeFloat
+from sae_runner.errors import ConfigError
+from sae_runner.models.base import Edit, Inputs, Model, SiteInfo
+from sae_runner.saes.base import SAE, Loss, TrainState
+from sae_runner.site import TokenSelection, resolve_sites
+from sae_runner.training.objectives import OBJECTIVES
+from sae_runner.training.objectives.base import Objective
+
+SITES = "trainer.objective.downstream_sites"
+
+
+class Run(NamedTuple):
+    """What one pass of the model gave."""
+
+    output: Tensor
+    sites: dict[str, Float[Tensor, "n t d"]]
+
+
+@OBJECTIVES.register("e2e")
+class EndToEnd(Objective):
+    """The frozen model is run as it is, and with the reconstruction spliced in for the site.
+
+    With p and q its distributions then, a_k and â_k its activations at |D| later sites, E the SAE's
+    own error and S the other terms of its own loss (sparsity with its own coefficient or target L0;
+    none for top-k kinds; a gate's own error),
+
+        L = κ KL(p ‖ q) + γ / |D| Σ_k mean (a_k − â_k)² + ρ E + S
+
+    SAE_e2e is γ = ρ = 0, SAE_e2e+ds is ρ = 0 (§2). KL, in nats, is a mean over tokens that are no
+    padding, or over examples where the model has one output each; the squared difference over
+    those tokens and the width: the mean of the authors' code, whose numbers the recipes are, where
+    the paper's equation has a squared norm. Of parts of a batch the means are those of each part.
+
+    Only selected tokens are replaced. The model stays in its own precision under autocast.
+
+    Args:
+        sae: what is trained.
+        model: the model, which is frozen from now on; without weights it serves to check options.
+        site: what is reconstructed.
+        selection: which of its tokens.
+        kl_coefficient: κ.
+        downstream_coefficient: γ.
+        downstream_sites: D, by names or globs; None for `resid_post` of every later block (the
+            paper leaves out the last block's).
+        reconstruction_coefficient: ρ.
+
+    Raises:
+        ConfigError: a kind of SAE or a selection of tokens that cannot be trained so; nothing to
+            minimise; a model whose output is no distribution; sites that are absent or not later.
+    """
+
+    on_inputs: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sae: SAE,
+        model: Model,
+        site: SiteInfo,
+        selection: TokenSelection,
+        *,
+        kl_coefficient: NonNegativeFloat,
+        downstream_coefficient: NonNegativeFloat,
+        downstream_sites: list[str] | None,
+        reconstruction_coefficient: NonNegativeFloat,
+    ) -> None:
+        super().__init__(sae)
+        self.model, self.site, self.selection = model, site, selection
+        self.kl_coefficient = kl_coefficient
+        self.downstream_coefficient = downstream_coefficient
+        self.reconstruction_coefficient = reconstruction_coefficient
+        self._check()
+        wanted = downstream_coefficient > 0
+        self.downstream = later_sites(model, site, downstream_sites) if wanted else []
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    def _check(self) -> None:
+        if self.sae.end_to_end_refused:
+            raise ConfigError(
+                f"trainer/objective=e2e: sae={self.sae.kind}: {self.sae.end_to_end_refused}"
+            )
+        if self.selection.tokens == "mean":
+            raise ConfigError(
+                "site.tokens=mean: an average of tokens cannot be put back into the model, as "
+                "trainer/objective=e2e does; use all"
+            )
+        coefficients = (
+            self.kl_coefficient, self.downstream_coefficient, self.reconstruction_coefficient
+        )  # fmt: skip
+        if not any(coefficients):
+            raise ConfigError("trainer.objective.kl_coefficient=0: all others are 0 too")
+        if self.kl_coefficient and self.model.output == "features":
+            raise ConfigError(
+                f"trainer.objective.kl_coefficient={self.kl_coefficient:g}: not applicable: this "
+                "model gives no logits of trained weights; set it to 0 and "
+                "trainer.objective.downstream_coefficient to more"
+            )
+
+    # -- The loss --------------------------------------------------------------------------------
+
+    def loss(self, x: Tensor | Inputs, state: TrainState) -> Loss:
+        """See `Objective.loss`."""
+        assert isinstance(x, Inputs)
+        with torch.no_grad():
+            clean = self.run(x, {})
+        found = clean.sites[self.site.name]
+        keep = self.selection.mask(self.site, x, found.shape[1]).to(found.device)
+        rows = found[keep]
+        own = self.sae.loss(rows.to(torch.promote_types(rows.dtype, torch.float32)), state)
+        total, parts = own.rest, dict(own.parts)
+        if self.reconstruction_coefficient:
+            total = total + self.reconstruction_coefficient * own.error
+        for name, coefficient, value in self.judged(x, clean, keep, own.x_hat):
+            total, parts[name] = total + coefficient * value, value.detach()
+        return own._replace(total=total, parts=parts)
+
+    def judged(
+        self, inputs: Inputs, clean: Run, keep: Bool[Tensor, "n t"], x_hat: Float[Tensor, "m d"]
+    ) -> list[tuple[str, float, Float[Tensor, ""]]]:
+        """What the model makes of the reconstruction: name, coefficient and value of each term."""
+        if not (self.kl_coefficient or self.downstream_coefficient):
+            return []
+
+        def replaced(found: Tensor) -> Tensor:
+            return found.index_put((keep,), x_hat.to(found.dtype))
+
+        spliced = self.run(inputs, {self.site.name: replaced})
+        terms = []
+        if self.kl_coefficient:
+            valid = inputs.attended if self.model.output == "token_logits" else None
+            value = kl_divergence(rows_of(clean.output, valid), rows_of(spliced.output, valid))
+            terms.append(("kl", self.kl_coefficient, value))
+        if self.downstream_coefficient:
+            value = torch.stack([
+                mean_square_difference(clean, spliced, info, inputs) for info in self.downstream
+            ]).mean()  # fmt: skip
+            terms.append(("downstream", self.downstream_coefficient, value))
+        return terms
+
+    def run(self, inputs: Inputs, edits: Mapping[str, Edit]) -> Run:
+        """Run the model with `edits`; its output, and what the sites in question hold."""
+        seen: dict[str, Tensor] = {}
+
+        def watched(name: str) -> Edit:
+            def edit(x: Tensor) -> Tensor:
+                seen[name] = x
+                return x
+
+            return edit
+
+        names = [self.site.name, *(info.name for info in self.downstream)]
+        every = {name: edits.get(name) or watched(name) for name in names}
+        with torch.autocast(self.model.device.type, enabled=False):
+            return Run(self.model.splice(inputs, every), seen)
+
+
+def rows_of(x: Tensor, valid: Bool[Tensor, "n t"] | None) -> Float[Tensor, "m d"]:
+    """The last axis of `x`, of all places or of those that are valid."""
+    return x.flatten(0, -2) if valid is None else x[valid.to(x.device)]
+
+
+def mean_square_difference(
+    clean: Run, spliced: Run, info: SiteInfo, inputs: Inputs
+) -> Float[Tensor, ""]:
+    """Over the tokens of a later site that are no padding, and over its width."""
+    valid = inputs.attended if info.kind == "tokens" else None  # Which images do not have.
+    a, b = (rows_of(run.sites[info.name], valid) for run in (clean, spliced))
+    return (a - b).square().mean()
+
+
+def kl_divergence(
+    clean: Float[Tensor, "n classes"], spliced: Float[Tensor, "n classes"]
+) -> Float[Tensor, ""]:
+    """Mean over rows of KL(clean ‖ spliced), in nats, of the softmax of logits."""
+    precision = torch.promote_types(clean.dtype, torch.float32)  # Not in half precision.
+    log_p, log_q = clean.to(precision).log_softmax(1), spliced.to(precision).log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+
+def later_sites(model: Model, site: SiteInfo, wanted: Sequence[str] | None) -> list[SiteInfo]:
+    """The sites after `site` that `wanted` means; by default `resid_post` of every later block.
+
+    Raises:
+        ConfigError: there are none, or one that is named does not come later.
+    """
+    sites = list(model.sites().values())
+    names = [info.name for info in sites]
+    later = sites[names.index(site.name) + 1 :]
+    if wanted is None:
+        found = [x for x in later if x.name.endswith(".resid_post")]
+        if not site.name.endswith(".resid_pre"):  # Of its own block only what it is added to.
+            block = ".".join(site.name.split(".")[:2])
+            found = [x for x in found if not x.name.startswith(f"{block}.")]
+        if not found:
+            raise ConfigError(
+                f"{SITES}=null: no block comes after {site.name}; name later sites, or set "
+                "trainer.objective.downstream_coefficient=0"
+            )
+        return found
+    try:
+        chosen = resolve_sites(wanted, model.sites())
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("site.name", SITES, 1)) from None
+    for info in chosen:
+        if info not in later:
+            raise ConfigError(f"{SITES}={info.name}: does not come after {site.name}")
+    return chosen
