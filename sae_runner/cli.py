@@ -78,6 +78,10 @@ def dispatch() -> None:
     put_flags_first()
     try:
         check_words(sys.argv[1:])
+        if {"-h", "--help"} & set(sys.argv):
+            from sae_runner.composition import help_page
+
+            return print(help_page(command, sys.argv[1:]))
         jobs = preflight(command)
         if jobs and command in ANSWERS:
             answer(command, jobs)
@@ -195,10 +199,10 @@ def preflight(command: str) -> "list[Job]":
     """Compose and check every job of a sweep before the first one starts or makes a directory."""
     words = sys.argv[1:]
     sweeps = {"-m", "--multirun"} & set(words) or any("experiment=" in w for w in words)
-    if not sweeps or {"--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help"} & set(words):
+    if not sweeps or {"--cfg", "-c", "--info", "-i", "--hydra-help"} & set(words):
         return []
+    from sae_runner.composition import composed_jobs
     from sae_runner.errors import InputError
-    from sae_runner.sweep import composed_jobs
 
     module = importlib.import_module(f"sae_runner.commands.{command}")
     check: Any = getattr(module, "check", None)
@@ -257,11 +261,11 @@ def run(cfg: "DictConfig") -> None:
 
 def run_together(command: str, cfgs: "Sequence[DictConfig]", memory_gb: float | None) -> None:
     """Run the jobs of a `train` sweep over shared batches; each failure is one line."""
+    from sae_runner.composition import job_of_composed
     from sae_runner.errors import ConfigError
     from sae_runner.explain import explain
     from sae_runner.log import setup_logging
     from sae_runner.signals import raise_on_signals
-    from sae_runner.sweep import job_of_composed
 
     setup_logging()
     raise_on_signals()

@@ -29,6 +29,7 @@ import torch
 
 from sae_runner import __version__, files
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.composition import composed_jobs
 from sae_runner.config import construct, preset
 from sae_runner.data.base import SPLITS
 from sae_runner.models.base import SiteInfo
@@ -40,7 +41,6 @@ from sae_runner.store.prefetch import Prefetched
 from sae_runner.store.reader import ActivationStore
 from sae_runner.store.window import WindowPlan, WindowRows
 from sae_runner.store.writer import _finish, _write_window, write_selections
-from sae_runner.sweep import composed_jobs
 from sae_runner.training.together import run_together
 from sae_runner.training.trainer import Trainer, TrainOptions
 

@@ -19,7 +19,7 @@ Write = Callable[..., Path]
 
 
 def composed(command: str, *words: str) -> Job:
-    from sae_runner.sweep import composed_jobs
+    from sae_runner.composition import composed_jobs
 
     (job,) = composed_jobs(command, list(words))
     return job

@@ -238,7 +238,7 @@ def test_the_probe_counts_rows_that_shapes_only_bound(pipeline):
 
 def test_rows_of_labelled_text_follow_from_a_tokenised_sample(tmp_path):
     from sae_runner.commands.rehearsal import count_examples, count_rows
-    from sae_runner.sweep import composed_jobs
+    from sae_runner.composition import composed_jobs
 
     # One word is one token here, and [CLS] and [SEP] are no rows: 2 and 4 rows, 3 on average.
     lines = ["good film\t1", "a very good film\t0"] * 20
