@@ -99,7 +99,7 @@ class Learner(Host):
         super().__init__(outputs, meta)
         if not meta:
             artefact(
-                outputs, "learner", {"data": dataset.fingerprint()}, lambda: self.train(dataset)
+                outputs, "learner", {"data": dataset.fingerprint()}, lambda _: self.train(dataset)
             )
 
     def train(self, dataset):
