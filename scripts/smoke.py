@@ -19,8 +19,13 @@ TINY = ["trainer.n_tokens=4096", "trainer.batch_size=256", "trainer.log_every=4"
         "evaluators.reconstruction.n_bootstrap=50"]  # fmt: skip
 DIGITS = ["dataset=digits", "dataset.n_examples=32", "dataset.n_heldout=8", "sae.expansion=2",
           "sae.k=8", "model.batch_size=4"]  # fmt: skip
+PAIR = ["site.name=blocks.2.resid_mid", "site.target=blocks.2.mlp_out"]
+KINDS = [sae for sae in options_of("sae") if sae != "transcoder"]
 COMPOSITIONS: dict[str, list[str]] = {
-    **{f"sae={sae}": ["model=toy", f"sae={sae}"] for sae in options_of("sae")},
+    **{f"sae={sae}": ["model=toy", f"sae={sae}"] for sae in KINDS},
+    "sae=transcoder": ["model=tiny_clip", "model.epochs=1", "sae=transcoder", *PAIR, *DIGITS],
+    "trainer/objective=e2e": ["model=tiny_lm", "model.n_steps=5", "dataset.n_examples=40",
+                              "trainer/objective=e2e", "trainer.batch_size=512"],
     "model=toy store=stream": ["model=toy", "store=stream", "dataset.n_examples=4096"],
     "model=tiny_clip": ["model=tiny_clip", "model.epochs=1", *DIGITS],
     "model=tiny_lm": ["model=tiny_lm", "model.n_steps=5", "dataset.n_examples=40"],

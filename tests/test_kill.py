@@ -12,11 +12,17 @@ import pytest
 
 from sae_runner.config import options_of
 
-QUICK = [
-    "model=toy", "dataset.n_examples=6000", "dataset.d=32", "dataset.n_features=64",
+BUDGET = [
     "sae.expansion=8", "trainer.n_tokens=40960", "trainer.batch_size=256", "trainer.log_every=5",
     "trainer.dead_window=4096", "trainer.save_every=0", "trainer.n_calibration=512",
     "evaluators=[sparsity]", "evaluators.sparsity.n_bootstrap=50",
+]  # fmt: skip
+QUICK = [
+    "model=toy", "dataset.n_examples=6000", "dataset.d=32", "dataset.n_features=64", *BUDGET,
+]  # fmt: skip
+PAIR = [
+    "model=tiny_clip", "model.epochs=1", "model.width=32", "dataset.n_examples=300",
+    "dataset.n_heldout=40", "site.name=blocks.0.resid_mid", "site.target=blocks.0.mlp_out", *BUDGET,
 ]  # fmt: skip
 RESAMPLE = ["sae/dead_latents=resample", "sae.dead_latents.n_rows=2048",
             "sae.dead_latents.lr_warmup=0.1"]  # fmt: skip
@@ -25,13 +31,19 @@ SAMPLE = {
     "relu-resample-target": ["sae=relu", "sae.target_l0=4", *RESAMPLE],
     "gated-ghost_grads": ["sae=gated", "sae/dead_latents=ghost_grads"],
 }
+END_TO_END = [
+    "model=mnist_mlp", "model.options.widths=[32,16]", "model.image_size=8", "model.epochs=2",
+    "dataset=digits", "site.name=hidden.0", "sae=batch_topk", "sae.k=4", "trainer/objective=e2e",
+    *QUICK[4:], "sae.expansion=2", "trainer.n_tokens=10240",
+]  # fmt: skip
+"""The model in the loop, and examples in an order of their own: 7 epochs of them."""
 WITHOUT = {
     "resample": {"archetypal", "transcoder", "matching_pursuit"},
     "pre_act": {"topk", "batch_topk", "matryoshka", "matching_pursuit", "archetypal"},
     "ghost_grads": {"matching_pursuit"},
     "auxk": set[str](), "none": set[str](),
 }  # fmt: skip
-"""Kinds of SAE that refuse a strategy, or are tested elsewhere."""
+"""Kinds of SAE that refuse a strategy; a transcoder's are below."""
 EVERY = {
     f"{kind}-{strategy}": [f"sae={kind}", f"sae/dead_latents={strategy}"]
     for kind in options_of("sae") if kind != "transcoder"
@@ -93,6 +105,11 @@ def test_a_sample_of_kinds_and_strategies(name, tmp_path):
     assert "going on from step_" in err or "training is done" in err
 
 
+def test_training_with_the_model_in_the_loop(tmp_path):
+    err = is_killed_and_ends_the_same(END_TO_END, tmp_path, seed=3, n_kills=1)
+    assert "going on from step_" in err or "training is done" in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_every_kind_with_every_strategy(name, tmp_path):
@@ -100,3 +117,10 @@ def test_every_kind_with_every_strategy(name, tmp_path):
     if "-resample" in name:
         words += RESAMPLE[1:]
     is_killed_and_ends_the_same(words, tmp_path, seed=zlib.crc32(name.encode()), n_kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["none", "auxk", "ghost_grads"])
+def test_a_transcoder_with_every_strategy(strategy, tmp_path):
+    words = [*PAIR, "sae=transcoder", "sae.k=4", f"sae/dead_latents={strategy}"]
+    is_killed_and_ends_the_same(words, tmp_path, seed=zlib.crc32(strategy.encode()), n_kills=3)

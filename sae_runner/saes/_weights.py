@@ -98,6 +98,11 @@ class Weights(nn.Module):
         """The encoder in the field's orientation; a view of `W_enc_rows`."""
         return self.W_enc_rows.T
 
+    def rows_by_latent(self) -> list[str]:
+        """Names of the parameters of which a latent is a row."""
+        rows = (name for name, p in self.named_parameters() if p.ndim and len(p) == self.d_sae)
+        return [name for name in rows if name != "b_dec"]  # Which is as long where d_sae = d_in.
+
     # -- Units -----------------------------------------------------------------------------------
 
     def scaled(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from sae_runner.saes.base import SAE
@@ -26,6 +27,12 @@ class AveragedWeights:
         share = (1 - self.decay) / (1 - self.decay**self.n)
         for name, parameter in sae.named_parameters():
             self.weights[name].lerp_(parameter, share)
+
+    @torch.no_grad()
+    def begin_again(self, sae: SAE, latents: Bool[Tensor, " d_sae"]) -> None:
+        """Forget what these latents were before they were pointed elsewhere."""
+        for name in sae.rows_by_latent():
+            self.weights[name][latents] = sae.get_parameter(name)[latents]
 
     @torch.no_grad()
     def applied(self, sae: SAE) -> SAE:

@@ -18,11 +18,14 @@ def intervene(trainer: "Trainer") -> None:
     """Let the strategy change weights, by rows in an order of its own."""
     seed = trainer.data_seed + RESAMPLE_SEED + trainer.step
     generator = torch.Generator().manual_seed(trainer.seed + seed)
-    n_dead = int(trainer.dead.dead.sum())
+    dead = trainer.dead.dead
     if trainer.sae.calibrates:  # Now, whenever it was last saved: what is drawn rests on its map.
         trainer.calibrate(trainer.sae)
     trainer.dead.intervene(epoch(trainer, seed), trainer.optimizer, generator)
     trainer.sae.after_step()
+    if trainer.averaged is not None:
+        trainer.averaged.begin_again(trainer.sae, dead & ~trainer.dead.dead)
+    n_dead = int(dead.sum())
     log.info("step %d: %d dead latents pointed at badly reconstructed rows", trainer.step, n_dead)
 
 

@@ -2,7 +2,9 @@ import numpy as np
 import torch
 
 from sae_runner.checkpoint import load_sae
+from sae_runner.config import preset
 from sae_runner.training.ema import AveragedWeights
+from sae_runner.training.intervention import intervene
 
 
 def test_the_average_has_the_weights_of_a_corrected_ema(new, stats, rows):
@@ -29,6 +31,38 @@ def test_constraints_hold_for_the_average_too(make):
         averaged.update(sae)
     assert (averaged.weights["W_dec"].norm(dim=1) - 1).abs().max() > 0.1
     torch.testing.assert_close(averaged.applied(sae).W_dec.norm(dim=1), torch.ones(24))
+
+
+def test_resampled_latents_have_no_past(make):
+    sae = make("relu", d_sae=8)  # As wide as its input: b_dec is no row of latents.
+    averaged = AveragedWeights(sae, 0.9)
+    averaged.update(sae)
+    before = {name: tensor.clone() for name, tensor in averaged.weights.items()}
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(1.0)
+    chosen = torch.zeros(8, dtype=torch.bool)
+    chosen[[2, 5]] = True
+    averaged.begin_again(sae, chosen)
+    for name, tensor in averaged.weights.items():
+        now = sae.get_parameter(name).detach()
+        if name == "b_dec":
+            assert torch.equal(tensor, before[name])
+        else:
+            assert torch.equal(tensor[chosen], now[chosen])
+            assert torch.equal(tensor[~chosen], before[name][~chosen])
+
+
+def test_a_run_that_resamples_begins_their_average_again(trainer, monkeypatch):
+    taken = []
+    monkeypatch.setattr(AveragedWeights, "begin_again", lambda _, sae, dead: taken.append(dead))
+    resample = {"type": "resample", **preset("sae/dead_latents", "resample")}
+    run = trainer("relu", dead_latents=resample, ema=0.9)
+    run.begin()
+    run.initialise()
+    run.dead.rows_since_fired[:3] = 10**9
+    intervene(run)
+    assert taken[0].nonzero().flatten().tolist() == [0, 1, 2]
 
 
 def test_what_is_saved_for_use_is_the_average(trainer):

@@ -37,10 +37,13 @@ class PreAct(DeadLatents):
     def term(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, ""]:
         """The pre-activation loss of a batch, without its coefficient."""
         sae = self.sae
-        pulled = self.dead if self.only_dead else torch.ones_like(self.dead)
-        latents = pulled.nonzero().squeeze(1)
+        latents = torch.arange(sae.d_sae, device=x.device)
+        if self.only_dead:
+            latents = self.dead.nonzero().squeeze(1)
         if len(latents) == 0:
             return sae.b_dec.new_zeros(())
-        short = (sae.thresholds(latents) - sae.pre_activations(sae.scaled(x), latents)).relu()
+        # All rows are not gathered: that would copy the encoder.
+        some = latents if self.only_dead else None
+        short = (sae.thresholds(latents) - sae.pre_activations(sae.scaled(x), some)).relu()
         norms: Tensor = sae.W_dec[latents].norm(dim=1)
         return (short.mean(0) * norms).sum()

@@ -80,12 +80,10 @@ class Resample(DeadLatents):
         living = ~self.dead
         norms = sae.W_enc_rows[living if living.any() else slice(None)].norm(dim=1)
         sae.reset_latents(dead, directions, self.encoder_norm * float(norms.mean()))
-        for name, parameter in sae.named_parameters():
-            by_latent = parameter.ndim > 0 and len(parameter) == sae.d_sae
-            if by_latent and name != "b_dec":  # Which is as long where d_sae = d_in.
-                for slot in optimizer.state.get(parameter, {}).values():
-                    if isinstance(slot, Tensor) and slot.shape == parameter.shape:
-                        slot[dead] = 0
+        for parameter in map(sae.get_parameter, sae.rows_by_latent()):
+            for slot in optimizer.state.get(parameter, {}).values():
+                if isinstance(slot, Tensor) and slot.shape == parameter.shape:
+                    slot[dead] = 0
         self.rows_since_fired[dead] = 0
 
 
