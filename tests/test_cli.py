@@ -106,6 +106,29 @@ BAD = {
     "checkpoint on the hub": (["eval", "checkpoint=hf:me"], "checkpoint=hf:me: expected hf:org/repo/path"),
     "start on the hub": (["train", "init_from=hf:me"], "init_from=hf:me: expected hf:org/repo/path"),
     "key of export": (["export", "formt=saelens"], "no key 'formt'. Did you mean 'format'?"),
+    "unknown objective": (["train", "trainer/objective=e2ee"], "no option 'e2ee' in group 'trainer/objective'. Did you mean 'e2e'?"),
+    "objective as a word": (
+        ["train", "trainer.objective=e2e"], "trainer.objective=e2e: choose with trainer/objective=NAME. Did you mean 'e2e'?"),
+    "type of no objective": (["train", "trainer.objective.type=e2"], "trainer.objective.type=e2: no such type. Did you mean 'e2e'?"),
+    "key of an objective": (
+        ["train", "trainer/objective=e2e", "+trainer.objective.kl=1"], "no key 'trainer.objective.kl'. Choose from: downstream_coefficient, "),
+    "key of another objective": (
+        ["train", "trainer.objective.kl_coefficient=1"], "no key 'trainer.objective.kl_coefficient'."),
+    "negative KL": (
+        ["train", "trainer/objective=e2e", "trainer.objective.kl_coefficient=-1"], "trainer.objective.kl_coefficient=-1.0: must be >= 0"),
+    "KL without logits": (
+        ["train", "trainer/objective=e2e"], "trainer.objective.kl_coefficient=1: not applicable: this model gives no logits"),
+    "no term": (
+        ["train", "trainer/objective=e2e", "trainer.objective.kl_coefficient=0"], "kl_coefficient=0: all others are 0 too"),
+    "nothing later": (
+        ["train", "trainer/objective=e2e_ds", "trainer.objective.kl_coefficient=0"], "no block comes after activations"),
+    "stream end to end": (["train", "trainer/objective=e2e", "store=stream"], "store=stream: trainer/objective=e2e reads statistics"),
+    "outliers end to end": (
+        ["train", "trainer/objective=e2e", "store.max_norm_multiple=3"], "store.max_norm_multiple=3: trainer/objective=e2e replaces every"),
+    "batch below an example": (
+        ["train", "model=tiny_lm", "trainer/objective=e2e", "trainer.batch_size=100"], "one gives up to 128 rows; set it to 128 or more"),
+    "end to end without a head": (
+        ["train", "model=minilm", "dataset=stdlib_text", "trainer/objective=e2e", "trainer.batch_size=512"], "gives no logits of trained weights"),
     "absent data": (
         ["train", "model=tiny_clip", "dataset=cifar10", "dataset.path=./absent.parquet"], "dataset.path"),
     "absent text": (["train", "model=tiny_lm", "dataset=sst2", "dataset.path=./absent.tsv"], "dataset.path"),

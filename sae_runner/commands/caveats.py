@@ -1,6 +1,7 @@
 """What a user would want to know before a run starts, one line each; for `plan` and `train`."""
 
 from sae_runner import files
+from sae_runner.commands import objectives
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.data.base import Dataset
 from sae_runner.errors import DataError
@@ -52,6 +53,8 @@ def warnings_about(
     found += limit_warnings(pipeline.raw_dataset)
     if n_dropped:
         found.append(f"{n_dropped:,} training rows dropped as norm outliers")
+    if objectives.runs_the_model(pipeline):
+        found += end_to_end_warnings(pipeline)
     if pipeline.cfg["model"].get("weights") == "random":
         found.append("model.weights=random: numbers will say nothing about a trained model")
     return found
@@ -64,6 +67,21 @@ def limit_warnings(dataset: Dataset) -> list[str]:
         n, key = len(dataset.ids(split)), "n_examples" if split == "train" else "n_heldout"
         if limit is not None and n < limit:
             found.append(f"dataset.{key}={limit}: there are {n:,}, the same as null")
+    return found
+
+
+def end_to_end_warnings(pipeline: Pipeline) -> list[str]:
+    """What to know of a training with the model in every step."""
+    found = [
+        "trainer/objective=e2e: the model is run twice in every step, once with a gradient; stored "
+        "rows serve statistics and evaluation alone"
+    ]
+    sae = pipeline.build_sae(pipeline.site.d, device="meta")
+    if sae.penalised and sae.target_l0 is None:
+        found.append(
+            f"sae={pipeline.choices['sae']}: its penalty's coefficient was chosen beside an error "
+            "of the site, not beside a KL; sae.target_l0 finds one that gives the L0"
+        )
     return found
 
 

@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae_runner.commands import objectives
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.meters import peak_rss_bytes
 from sae_runner.models._precision import DTYPES
-from sae_runner.models.base import HookedModel, Model, SiteInfo
+from sae_runner.models.base import HookedModel, Inputs, Model, SiteInfo
 from sae_runner.saes.base import SAE
 
 N_SAMPLE = 32768
@@ -63,7 +64,55 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
     ]
     if store.kind == "stream":
         parts += caching(pipeline, [pipeline.site], n_rows)
+    if objectives.runs_the_model(pipeline):
+        parts += end_to_end(pipeline)
     return parts
+
+
+def end_to_end(pipeline: Pipeline) -> list[Part]:
+    """The model in the loop of training, with what its gradient needs of a part of a batch."""
+    options, model = pipeline.train_options, pipeline.shapes
+    n_rows = options.batch_size / options.n_parts
+    n_examples = max(1, round(n_rows / pipeline.rows_per_example(pipeline.site)))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    layers, output = forward_bytes(model, n_examples, pipeline.context)
+    return [
+        Part("model", weights, "device"),
+        Part("layers of the model", layers, "device"),
+        # Of both runs, and as probabilities.
+        Part("outputs of the model", 5 * output, "device"),
+    ]
+
+
+def forward_bytes(model: Model, n_examples: int, context: int | None) -> tuple[float, float]:
+    """Bytes of what all layers give on a batch, and of the output."""
+    if not isinstance(model, HookedModel):
+        return 0.0, 0.0
+    sizes = list[int]()
+
+    def measure(_: nn.Module, __: Any, output: Any) -> None:
+        for value in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(value, Tensor):
+                sizes.append(value.numel() * value.element_size())
+
+    leaves = [module for module in model.network.modules() if not list(module.children())]
+    handles = [module.register_forward_hook(measure) for module in leaves]
+    try:
+        probe = model.probe(2)
+        with torch.no_grad():
+            output = model.forward(probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    scale = n_examples / seen_of(probe, context)
+    return scale * sum(sizes), scale * output.numel() * output.element_size()
+
+
+def seen_of(probe: Inputs, context: int | None) -> float:
+    """How many examples a made-up batch stands for: made-up texts are short."""
+    if context and "tokens" in probe.tensors:
+        return len(probe) * probe.tensors["tokens"].shape[1] / context
+    return len(probe)
 
 
 def model_bytes(
@@ -92,10 +141,7 @@ def model_bytes(
     finally:
         for handle in handles:
             handle.remove()
-    n_seen = 2.0
-    if context and "tokens" in probe.tensors:  # Made-up texts are short.
-        n_seen *= probe.tensors["tokens"].shape[1] / context
-    return weights, 3 * largest * batch_size / n_seen
+    return weights, 3 * largest * batch_size / seen_of(probe, context)
 
 
 def summary(parts: Sequence[Part], device: str) -> str:

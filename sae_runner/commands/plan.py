@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from sae_runner import files
-from sae_runner.commands import memory, train
+from sae_runner.commands import memory, objectives, train
 from sae_runner.commands.cache import check_unchanged, is_cached
 from sae_runner.commands.caveats import space_warnings, warnings_about
 from sae_runner.commands.entries import read_run
@@ -147,8 +147,9 @@ class Plan:
             return []
         n_rows = self.rows[self.infos[0].name].n["train"]
         parts = memory.training(self.pipeline, self.sae, n_rows)
-        # A process that has cached keeps the model.
-        return parts + self.memory_of_caching()[:1] if self.on_disk else parts
+        if not self.on_disk or objectives.runs_the_model(self.pipeline):
+            return parts
+        return parts + self.memory_of_caching()[:1]  # A process that has cached keeps the model.
 
     # -- Lines -----------------------------------------------------------------------------------
 
@@ -219,12 +220,18 @@ class Plan:
         yield "sae", f"{pipeline.choices['sae']}: {sae.d_in} → {sae.d_sae:,}, {n:,} parameters"
         steps = f"{options.n_tokens:,} rows in {options.n_steps:,} steps of {options.batch_size:,}"
         epochs = f"{least}{options.n_tokens / max(1, n_rows.n['train']):.2f} epochs"
-        yield "training", f"{steps}, {epochs}, lr {lr:.2g}"
+        yield "training", f"{steps}, {epochs}, lr {lr:.2g}{self.objective_text()}"
         yield "", f"{kept} checkpoint{'s' * (kept > 1)}, {files.size(self.checkpoint_bytes())}"
         seen = min(pipeline.eval_options.n_rows or n_rows.n["heldout"], n_rows.n["heldout"])
         names = ", ".join(pipeline.evaluators) or "no evaluators"
         yield "eval", f"{names} on {f'{n_rows.sense} {seen:,}'.strip()} held-out rows"
         yield "run", f"{shown_path(pipeline.run_dir)}: {self.run_text()}"
+
+    def objective_text(self) -> str:
+        """What is minimised, where that is not the SAE's own loss."""
+        if not objectives.runs_the_model(self.pipeline):
+            return ""
+        return f", end to end ({self.pipeline.choices.get('trainer/objective')}), with the model"
 
     def run_text(self) -> str:
         """What is in the run's folder, and what `train` would make of it."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_runner.commands import objectives
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.commands.rehearsal import adapted, load_model
 from sae_runner.config import resolve_device
@@ -21,6 +22,8 @@ from sae_runner.errors import DataError
 from sae_runner.log import duration
 from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.statistics import ActivationStats
+from sae_runner.store.activations import Position
+from sae_runner.store.inputs import ShuffledInputs
 from sae_runner.store.loading import load_batches
 from sae_runner.store.reader import Activations
 from sae_runner.store.window import select_rows, stored
@@ -133,16 +136,21 @@ def record(copy: Pipeline, model: Model, inputs: Inputs, infos: Sequence[SiteInf
     return first
 
 
-def time_training(copy: Pipeline, store: Activations, folder: Path) -> Measured:
-    """Seconds per step of the composed SAE on rows that are at hand."""
+def time_training(
+    copy: Pipeline, store: Activations, folder: Path, inputs: ShuffledInputs | None = None
+) -> Measured:
+    """Seconds per step of the composed SAE on rows, or inputs, that are at hand."""
     options, device = copy.train_options, torch.device(resolve_device(copy.cfg["device"]))
+    sae = copy.build_sae(store.d_in)
     trainer = Trainer(
-        copy.build_sae(store.d_in), store, options, folder, seed=int(copy.cfg["seed"]),
+        sae, store, options, folder, seed=int(copy.cfg["seed"]),
         data_seed=copy.store_options.seed, device=device, facts={},
         dead_latents=copy.dead_latents,
+        objective=objectives.build(copy, sae, None if inputs is None else inputs.model),
+        source=inputs,
     )  # fmt: skip
     trainer.initialise()
-    batches = store.shuffled(options.batch_size, copy.store_options.seed)
+    batches = trainer.source.shuffled(options.batch_size, copy.store_options.seed, start=Position())
     n, start = 0, time.perf_counter()
     for i, batch in enumerate(itertools.islice(batches, N_STEPS + 1)):
         loss, _, _ = trainer.take_step(batch.x.to(device))
@@ -154,6 +162,19 @@ def time_training(copy: Pipeline, store: Activations, folder: Path) -> Measured:
         if time.perf_counter() - start > SECONDS:
             break
     return Measured(n, "steps", (time.perf_counter() - start) / n)
+
+
+def inputs_of(plan: "Plan", copy: Pipeline) -> ShuffledInputs | None:
+    """Inputs to take steps on; None where the model has to be trained first."""
+    model = load_model(copy)
+    if model is None:
+        return None
+    dataset = adapted(model, copy.raw_dataset).dataset
+    per_example = plan.rows[plan.infos[0].name].n["train"] / max(1, plan.examples.n["train"])
+    return ShuffledInputs(
+        model, dataset, copy.site, copy.selection, workers=copy.loading.workers,
+        n_rows=round(per_example * len(dataset.ids("train"))),
+    )  # fmt: skip
 
 
 def random_rows(site: SiteInfo, n: int, seed: int) -> RowsInMemory:
@@ -189,7 +210,10 @@ def times(plan: "Plan", copy: Pipeline) -> list[tuple[str, str]]:
             random_rows(site, 2 * options.batch_size, copy.store_options.seed),
             ", on noise",
         )
-    measured = time_training(copy, store, copy.outputs / "probe")
+    inputs = None
+    if objectives.runs_the_model(copy) and (inputs := inputs_of(plan, copy)) is None:
+        return [*lines, ("time", "training unknown: the model has to be trained here first")]
+    measured = time_training(copy, store, copy.outputs / "probe", inputs)
     text = measured.line(options.n_steps, "steps")
     lines.append(("time", f"training {text} on {device}{noise}"))
     if not plan.on_disk:

@@ -158,3 +158,12 @@ def test_groups_fit_memory(compose_job, small, monkeypatch):
 def test_only_training_has_batches_to_share(in_process, small, capfd):
     assert in_process("cache", "-m", "model=toy", "hydra/launcher=together", "store.seed=0,1") == 2
     assert "cache has no batches to share; use basic" in capfd.readouterr().err
+
+
+def test_training_on_inputs_has_no_batches_to_share(in_process, tmp_path, capfd):
+    words = ["model=mnist_mlp", "dataset=digits", "model.image_size=8"]
+    words += ["trainer/objective=local,e2e", "hydra/launcher=together"]
+    assert in_process("train", "-m", *words) == 2
+    message = "together: trainer/objective=e2e has no batches to share; use basic"
+    assert message in capfd.readouterr().err
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"sweeps"}

@@ -18,7 +18,7 @@ class Source(Protocol):
 
     def shuffled(
         self, batch_size: int, seed: int, *, start: Position
-    ) -> Iterator[Batch] | Iterator[InputBatch]:
+    ) -> Iterator[Batch | InputBatch]:
         """Batches of about `batch_size` rows, without end; batch t follows from (seed, t)."""
         ...
 

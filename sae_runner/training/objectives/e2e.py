@@ -101,8 +101,8 @@ class EndToEnd(Objective):
         if self.kl_coefficient and self.model.output == "features":
             raise ConfigError(
                 f"trainer.objective.kl_coefficient={self.kl_coefficient:g}: not applicable: this "
-                "model gives no logits of trained weights; set it to 0 and "
-                "trainer.objective.downstream_coefficient to more"
+                "model gives no logits of trained weights; set it to 0 (the differences at later "
+                "sites, trainer.objective.downstream_coefficient, need none)"
             )
 
     # -- The loss --------------------------------------------------------------------------------
