@@ -414,13 +414,13 @@ def test_eval_takes_the_name_of_a_run(finished_run, in_process):
 
 
 def test_training_without_splicing_never_loads_the_model(finished_run, in_process, monkeypatch):
-    from sae_runner.commands import pipeline
+    from sae_runner.commands import store_pipeline
 
     def refuse(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(pipeline, "build_model", refuse)
-    monkeypatch.setattr(pipeline, "_shapes", refuse)
+    monkeypatch.setattr(store_pipeline, "build_model", refuse)
+    monkeypatch.setattr(store_pipeline, "_shapes", refuse)
     assert in_process("train", *QUICK, "seed=3") == 0
 
 
@@ -458,9 +458,9 @@ def test_changed_data_are_noticed(in_process, tmp_path, capfd):
              "trainer.batch_size=16", "evaluators=[density]", "model.batch_size=12"]  # fmt: skip
     assert in_process(*words) == 0
     Image.new("RGB", (16, 16), "red").save(folder / "a" / "0.png")
-    from sae_runner.commands import pipeline
+    from sae_runner.commands import store_pipeline
 
-    pipeline._dataset.cache_clear()
+    store_pipeline._dataset.cache_clear()
     capfd.readouterr()
     assert in_process(*words, "seed=1") == 2
     assert "was written from other data" in one_line(capfd.readouterr().err)
