@@ -12,6 +12,7 @@ from sae_runner.commands import objectives, plan, train
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.errors import StoreError
 from sae_runner.saes.base import TrainState
+from sae_runner.statistics import ActivationStats
 from sae_runner.training.objectives.e2e import EndToEnd
 
 WORDS = (
@@ -135,6 +136,39 @@ def test_parts_of_a_batch_give_nearly_the_same(trained):
         lines = (pipeline.run_dir / "metrics.jsonl").read_text().splitlines()
         rows.append([json.loads(line)["kl"] for line in lines])
     assert len(rows[0]) == 10 and rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "site", ["blocks.1.resid_mid", "blocks.0.attn_z.1", "blocks.0.mlp_act", "blocks.1.resid_pre"]
+)
+def test_the_gradient_is_right_wherever_it_is_spliced_in(trained, site):
+    """By finite differences in float64, in a network of Hugging Face with its own in-place sums."""
+    own = trained.pipeline(f"site.name={site}", "sae=topk", "sae.d_sae=64", "sae.expansion=null")
+    model = own.model  # This pipeline's alone.
+    model.network.double()
+    inputs = model.prepare(own.dataset.load(own.dataset.ids("train")[:4]))
+    with torch.no_grad():
+        x = model.record(inputs, [site])[site].flatten(0, 1)
+    norms = x.norm(dim=1)
+    stats = ActivationStats(x.mean(0), float(norms.mean()), float(norms.square().mean()), x)
+    sae = own.build_sae(x.shape[1]).double()
+    sae.initialise(stats, torch.Generator().manual_seed(0))
+    judge = EndToEnd(
+        sae, model, model.sites()[site], own.selection, kl_coefficient=1.0,
+        downstream_coefficient=0.1, downstream_sites=None, reconstruction_coefficient=0.0,
+    )  # fmt: skip
+    judge.loss(inputs, TrainState()).total.backward()
+    direction = torch.randn(
+        sae.W_dec.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    values = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            sae.W_dec.add_(step * direction)
+            values.append(judge.loss(inputs, TrainState()).total.item())
+            sae.W_dec.sub_(step * direction)
+    slope = (values[0] - values[1]) / 2e-5
+    assert float((sae.W_dec.grad * direction).sum()) == pytest.approx(slope, rel=1e-6)
 
 
 @pytest.mark.parametrize("probe", [False, True])
