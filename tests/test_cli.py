@@ -119,7 +119,7 @@ BAD = {
     "KL without logits": (
         ["train", "trainer/objective=e2e"], "trainer.objective.kl_coefficient=1: not applicable: this model gives no logits"),
     "no term": (
-        ["train", "trainer/objective=e2e", "trainer.objective.kl_coefficient=0"], "kl_coefficient=0: all others are 0 too"),
+        ["train", "trainer/objective=e2e", "trainer.objective.kl_coefficient=0"], "kl_coefficient=0: nothing is left to minimise"),
     "nothing later": (
         ["train", "trainer/objective=e2e_ds", "trainer.objective.kl_coefficient=0"], "no block comes after activations"),
     "stream end to end": (["train", "trainer/objective=e2e", "store=stream"], "store=stream: trainer/objective=e2e reads statistics"),

@@ -79,7 +79,7 @@ class ShuffledInputs:
     def shuffled(self, batch_size: int, seed: int, *, start: Position) -> Iterator[InputBatch]:
         """Batches of so many examples as `n_examples` says.
 
-        Examples that cannot be read are left out (the store has named them), and so are batches
+        Examples that cannot be read are left out (the store has named them), and so are those
         without any row.
         """
         n, size, position = self.n_examples(batch_size), len(self.ids), start
@@ -88,8 +88,9 @@ class ShuffledInputs:
         ):
             out = position.offset + n
             position = Position(position.epoch + out // size, 0, out % size)
-            if loaded.inputs is not None and self._has_rows(loaded.inputs):
-                yield InputBatch(loaded.inputs, position)
+            inputs = None if loaded.inputs is None else self._with_rows(loaded.inputs)
+            if inputs is not None:
+                yield InputBatch(inputs, position)
 
     def _chunks(self, n: int, seed: int, start: Position) -> Iterator[Ids]:
         """Ids of n examples at a time; in a chunk ascending: neighbours are read together."""
@@ -105,10 +106,14 @@ class ShuffledInputs:
     def _order(self, seed: int, epoch: int) -> Ids:
         return np.random.default_rng([seed, epoch, _TAG]).permutation(self.ids)
 
-    def _has_rows(self, inputs: Inputs) -> bool:
+    def _with_rows(self, inputs: Inputs) -> Inputs | None:
+        """The examples that have a selected token, if there are any."""
         n_tokens = self.site.n_tokens
         if n_tokens is None:
             if inputs.attended is None:
-                return True
+                return inputs
             n_tokens = inputs.attended.shape[1]
-        return bool(self.selection.mask(self.site, inputs, n_tokens).any())
+        some = self.selection.mask(self.site, inputs, n_tokens).any(1)
+        if some.all():
+            return inputs
+        return inputs.map(lambda tensor: tensor[some]) if some.any() else None

@@ -83,13 +83,16 @@ def test_unreadable_examples_are_left_out(stream):
     assert sorted(itertools.chain(*ids_of(take(found, 9)))) == sorted([*good, *good])
 
 
-def test_a_batch_without_a_row_is_none(stream):
+@pytest.mark.parametrize("n", [1, 10])
+def test_examples_without_a_row_are_left_out(stream, n):
+    """One example a batch: without a row it is no batch at all."""
     sixth = TokenSelection("positions", positions=(5,))
     found = stream(selection=sixth, n_rows=45)
     long = {i for i in found.ids.tolist() if found.dataset.length(i) > 5}
     assert 0 < len(long) < 45
-    batches = take(found, len(long), batch_size=1)  # One example each.
+    batches = take(found, len(long) if n == 1 else 5, batch_size=n)
     assert {i for ids in ids_of(batches) for i in ids} == long
+    assert all(len(x) == len(x.tensors["tokens"]) == len(x.attended) for x, _ in batches)
 
 
 def test_examples_that_come_in_their_own_order_are_refused(stream):

@@ -97,7 +97,9 @@ class EndToEnd(Objective):
             self.kl_coefficient, self.downstream_coefficient, self.reconstruction_coefficient
         )  # fmt: skip
         if not any(coefficients):
-            raise ConfigError("trainer.objective.kl_coefficient=0: all others are 0 too")
+            raise ConfigError(
+                "trainer.objective.kl_coefficient=0: nothing is left to minimise: all others are 0"
+            )
         if self.kl_coefficient and self.model.output == "features":
             raise ConfigError(
                 f"trainer.objective.kl_coefficient={self.kl_coefficient:g}: not applicable: this "

@@ -244,7 +244,7 @@ def test_sites_that_are_not_later_are_refused(host, site, wanted, message):
     [
         ("matryoshka", {"d_sae": 64}, {}, "sae=matryoshka: each prefix of its latents reconstruct"),
         ("topk", {"multi_topk": 0.125}, {}, "sae=topk: sae.multi_topk is a second error"),
-        ("topk", {}, {"kl_coefficient": 0.0}, "kl_coefficient=0: all others are 0 too"),
+        ("topk", {}, {"kl_coefficient": 0.0}, "kl_coefficient=0: nothing is left to minimise"),
         ("topk", {}, {"selection": TokenSelection("mean")}, "site.tokens=mean: an average of"),
     ],
 )  # fmt: skip
