@@ -33,7 +33,7 @@ from sae_runner.training.objectives import OBJECTIVES
 from sae_runner.training.objectives.base import Objective, Source
 from sae_runner.training.options import TrainOptions as TrainOptions
 from sae_runner.training.parts import detached, merged
-from sae_runner.training.target_l0 import TargetL0
+from sae_runner.training.target_l0 import DESCENT, TargetL0
 
 log = logging.getLogger("sae_runner")
 
@@ -84,8 +84,7 @@ class Trainer:
                 "sae/dead_latents=resample: reads training rows again, which a stream in order "
                 "cannot give; use store=disk"
             )
-        controlled = sae.target_l0 if sae.penalised else None
-        self.target_l0 = None if controlled is None else TargetL0(controlled)
+        self.target_l0 = TargetL0(sae.target_l0) if sae.penalised and sae.target_l0 else None
         self.step, self.position = 0, Position()
         self.mean = torch.zeros(sae.d_in)
         self.journal = Journal(run_dir, options.batch_size, sinks)
@@ -159,6 +158,8 @@ class Trainer:
         # Before anything is read ahead: a stream is read front to back.
         mean = self.store.stats(1).mean.to(self.device)
         self.mean = self.sae.target_of(mean.unsqueeze(0))[0]
+        if self.target_l0 is not None:
+            self.target_l0.read(self.store, self.options.n_tokens)
         self.journal.begin(self.step)
         self.saved_at = time.monotonic()
 
@@ -194,7 +195,8 @@ class Trainer:
             self.save(wait_s)
         if last:
             x = self.sae.input_of(loss.x)
-            self.guardrails.look_at_end(self.step, float(loss.l0), self.used, x)
+            l0 = float(loss.l0) * (1.0 if self.target_l0 is None else self.target_l0.ratio)
+            self.guardrails.look_at_end(self.step, l0, self.used, x)
         if stop is not None and (stopping or (last and stop)):
             self._interrupt(stop)
         return row
@@ -208,16 +210,14 @@ class Trainer:
         if self.step in self.intervention_steps:  # A checkpoint of this step is from before.
             intervene(self)
         lr_factor = schedules.lr_factor(
-            self.step,
-            options.n_steps,
-            warmup_fraction=options.lr_warmup,
-            decay_fraction=options.lr_decay,
-            shape=options.lr_decay_shape,
-        ) * self.dead.lr_factor(self.step, options.n_steps)
+            self.step, options.n_steps, warmup_fraction=options.lr_warmup,
+            decay_fraction=options.lr_decay, shape=options.lr_decay_shape,
+        ) * self.dead.lr_factor(self.step, options.n_steps)  # fmt: skip
         lr = self.lr * lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        penalty = schedules.warmup(self.step, options.penalty_warmup * options.n_steps)
+        warmup = min(options.penalty_warmup, 1.0 if self.target_l0 is None else DESCENT)
+        penalty = schedules.warmup(self.step, warmup * options.n_steps)
         if self.target_l0 is not None:
             penalty *= self.target_l0.factor
         state = TrainState(penalty, self.step / options.n_steps)
@@ -242,6 +242,8 @@ class Trainer:
         self.dead.update(whole.fired, len(whole.x))
         if self.target_l0 is not None:
             self.target_l0.update(float(whole.l0), state.progress)
+            if self.target_l0.compares_at(self.step, options.n_steps):
+                self.target_l0.compare(self.target_l0.heldout_l0(self.for_inference()))
         return whole, grad_norm, lr
 
     # -- What is kept ----------------------------------------------------------------------------
