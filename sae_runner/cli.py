@@ -28,6 +28,8 @@ COMMANDS = {
 }
 TAKES_PATHS = ("report", "ls", "rm")
 """Commands whose words without `=` are run directories or globs."""
+LONGEST_WORD = 4096
+"""Characters of an override: as long as a path may be."""
 ANSWERS = ("plan", "sites")
 """Commands that only say something: a sweep of them takes neither a launcher nor a folder."""
 
@@ -178,6 +180,10 @@ def check_words(words: Sequence[str]) -> None:
         flags = [action.option_strings[0] for action in parser._actions if action.option_strings]
         raise ConfigError(f"no flag {unknown[0]!r}.{did_you_mean(unknown[0], flags)}")
     for word in known.overrides:
+        if word.startswith("="):
+            raise ConfigError(f"{word!r}: no key before the =")
+        if len(word) > LONGEST_WORD:
+            raise ConfigError(f"{word[:40]!r}…: {len(word):,} characters are no override")
         group, _, value = word.lstrip("+").partition("=")
         if "null" in value.split(",") and (options := options_of(group)):
             raise ConfigError(f"{group}=null: needs one of {', '.join(options)}")

@@ -234,6 +234,10 @@ def checked_options(
     return {k: convert(v, hints.get(k, Any), at + k) for k, v in options.items()}
 
 
+MOST_INT = 2**63 - 1
+"""What torch, numpy and safetensors can count to."""
+
+
 def convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as `hint`, by the rules OmegaConf applies to a structured config's field.
 
@@ -264,6 +268,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return value
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # trainer.n_tokens=1e6 means what it says.
+    if hint is int and isinstance(value, int) and abs(value) > MOST_INT:
+        raise ConfigError(f"{key}={value:.4g}: must be < 2^63")
     schema = dataclasses.make_dataclass("Schema", [("value", hint)])
     try:
         return cast(Any, OmegaConf.to_object(OmegaConf.structured(schema(value)))).value

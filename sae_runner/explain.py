@@ -8,7 +8,8 @@ from sae_runner.config import options_of
 from sae_runner.errors import InputError, did_you_mean
 
 ALREADY_THERE = re.compile(r"An item is already at '(.+?)'")
-CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.EIO)
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.EIO,
+                errno.ENAMETOOLONG)  # fmt: skip
 NO_SPACE = "No space left on device"
 NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
 

@@ -65,8 +65,8 @@ BAD = {
     "fraction for a seed": (["train", "seed=1.5"], "seed=1.5"),
     "seed of a sweep": (["train", "-m", "seed=0,x"], "seed=x"),
     "text for force": (["train", "force=perhaps"], "force=perhaps"),
-    "run name that climbs": (["train", "run_name=..", "force=true"], "run_name=..: only letters"),
-    "run name with a folder": (["train", "run_name=a/b"], "run_name=a/b: only letters"),
+    "run name that climbs": (["train", "run_name=..", "force=true"], "run_name=..: at most 200 letters"),
+    "run name with a folder": (["train", "run_name=a/b"], "run_name=a/b: at most 200 letters"),
     "no site": (["train", "site.name=null"], "site.name=null: needs a value"),
     "no device": (["train", "device=null"], "device=null: needs a value"),
     "no k": (["train", "sae.k=null"], "sae.k=null: needs a value"),
@@ -129,6 +129,17 @@ BAD = {
         ["train", "model=tiny_lm", "trainer/objective=e2e", "trainer.batch_size=100"], "one gives up to 128 rows; set it to 128 or more"),
     "end to end without a head": (
         ["train", "model=minilm", "dataset=stdlib_text", "trainer/objective=e2e", "trainer.batch_size=512"], "gives no logits of trained weights"),
+    "no key": (["train", "=3"], "'=3': no key before the ="),
+    "seed beyond 64 bits": (["train", "seed=99999999999999999999"], "seed=1e+20: must be < 2^63"),
+    "budget beyond 64 bits": (["train", "trainer.n_tokens=1e30"], "trainer.n_tokens=1e+30: must be < 2^63"),
+    "a word of 5,000 digits": (["train", "sae.k=" + 5000 * "9"], "5,006 characters are no override"),
+    "long name of a run": (["train", "run_name=" + 300 * "x"], "at most 200 letters"),
+    "long name of a folder": (["train", "outputs=" + 400 * "y"], "File name too long"),
+    "rows for a model of images": (["train", "model=tiny_clip", "dataset=toy"], "model=tiny_clip: reads image, and dataset=toy holds rows"),
+    "text for a model of images": (
+        ["train", "model=clip_vit_b32", "model.weights=random", "dataset=stdlib_text"], "reads image, and dataset=stdlib_text holds text"),
+    "images for a model of text": (["train", "model=tiny_lm", "dataset=digits"], "reads text, and dataset=digits holds image"),
+    "one example": (["train", "dataset.n_examples=1"], "dataset of 1 examples cannot be split"),
     "absent data": (
         ["train", "model=tiny_clip", "dataset=cifar10", "dataset.path=./absent.parquet"], "dataset.path"),
     "absent text": (["train", "model=tiny_lm", "dataset=sst2", "dataset.path=./absent.tsv"], "dataset.path"),
@@ -148,6 +159,12 @@ def test_bad_input_is_one_line_and_makes_nothing(name, in_process, capfd, tmp_pa
     assert line.startswith("sae-run")
     assert message in line
     assert said.out == "" and "usage" not in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_sae_at_all(in_process, capfd, tmp_path):
+    assert in_process("train", "model=toy", "~sae") == 2
+    assert "sae=null: needs one of archetypal" in one_line(capfd.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from sae_runner.config import Fraction, Name, NonNegative, Positive, PositiveFloat, convert
 from sae_runner.errors import ConfigError
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 GROUPS = ("model", "site", "dataset", "store")
 TRAIN_GROUPS = ("sae", "trainer", "logger", "evaluators", "eval")
 
@@ -47,7 +47,8 @@ class RootOptions(NamedTuple):
         """
         if run_name is not None and not RUN_NAME.fullmatch(run_name):
             raise ConfigError(
-                f"run_name={run_name}: only letters, digits, '.', '_' and '-', no leading '.'"
+                f"run_name={run_name}: at most 200 letters, digits, '.', '_' and '-', the first "
+                "no '.'"
             )
         return cls(outputs, device, force, seed, init_from, run_name)
 

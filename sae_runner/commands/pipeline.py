@@ -15,7 +15,8 @@ from sae_runner.checkpoint import find_checkpoint, read_facts
 from sae_runner.commands import names, objectives
 from sae_runner.commands.options import EvalOptions
 from sae_runner.commands.store_pipeline import StorePipeline
-from sae_runner.config import construct, convert, identity, resolve_device
+from sae_runner.config import construct, convert, identity, options_of, resolve_device
+from sae_runner.data.base import SPLITS
 from sae_runner.errors import ConfigError, StoreError, did_you_mean
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators.base import Evaluator
@@ -115,12 +116,14 @@ class Pipeline(StorePipeline):
         """
         require_writable(self.outputs)
         resolve_device(self.root.device)
+        if train and "sae" not in self.cfg:
+            raise ConfigError(f"sae=null: needs one of {', '.join(options_of('sae'))}")
         if train:
             SAES.check(self.sae_options)
             DEAD_LATENTS.check(self.dead_latents)
             _ = self.train_options, self.eval_options, self.evaluators
             check_expected(convert(self.cfg.get("expected"), list[Any] | None, "expected") or [])
-        _ = self.raw_dataset, self.infos
+        _ = [self.raw_dataset.ids(split) for split in SPLITS], self.infos
         if train:
             self._check_target()
             sae = self.build_sae(self.site.d, device="meta")

@@ -41,6 +41,8 @@ from sae_runner.store.reader import Activations, ActivationStore
 from sae_runner.store.window import WindowPlan
 
 log = logging.getLogger("sae_runner")
+READS = {"image": {"image"}, "text": {"text", "tokens"}, "rows": {"rows"}}
+"""What models of a modality take of a dataset."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -124,8 +126,19 @@ class StorePipeline:
 
     @cached_property
     def shapes(self) -> Model:
-        """The model without its weights."""
-        return _shapes(self._json("model"), self._json("dataset"), str(self.outputs))
+        """The model without its weights.
+
+        Raises:
+            ConfigError: it reads something else than the dataset holds.
+        """
+        model = _shapes(self._json("model"), self._json("dataset"), str(self.outputs))
+        if self.raw_dataset.modality not in READS[model.modality]:
+            raise ConfigError(
+                f"model={self.choices['model']}: reads {model.modality}, and "
+                f"dataset={self.choices['dataset']} holds {self.raw_dataset.modality}; use another "
+                "dataset"
+            )
+        return model
 
     @cached_property
     def model(self) -> Model:
