@@ -339,7 +339,7 @@ def test_weights_come_from_a_file_or_an_artefact(tmp_path: Path) -> None:
     save_file(state, tmp_path / "weights.safetensors")
     assert build("test_vit", image_size=None, weights=str(tmp_path / "weights.safetensors"),
                  seed=9).fingerprint() == host.fingerprint()  # fmt: skip
-    artefact = trained(tmp_path, "tuned", {"seed": 3}, lambda: (state, {}))
+    artefact = trained(tmp_path, "tuned", {"seed": 3}, lambda _: (state, {}))
     again = build("test_vit", image_size=None, weights=artefact.facts["path"], seed=9)
     assert again.fingerprint() == host.fingerprint()
     save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
