@@ -162,6 +162,18 @@ def test_bad_input_is_one_line_and_makes_nothing(name, in_process, capfd, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_figures_that_a_stop_left_out_are_drawn(in_process, tmp_path):
+    import shutil
+
+    assert in_process("train", *QUICK) == 0
+    (figures,) = tmp_path.glob("outputs/train/*/figures")
+    names = {path.name for path in figures.iterdir()}
+    assert {"loss.png", "loss.svg", "density.png"} <= names
+    shutil.rmtree(figures)
+    assert in_process("train", *QUICK) == 0
+    assert {path.name for path in figures.iterdir()} == names
+
+
 def test_no_sae_at_all(in_process, capfd, tmp_path):
     assert in_process("train", "model=toy", "~sae") == 2
     assert "sae=null: needs one of archetypal" in one_line(capfd.readouterr().err)

@@ -117,6 +117,8 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
             todo[name] = evaluator
     path = report_path(run_dir, folder.name, last=folder.name == step_dirs(run_dir)[-1].name)
     if not todo and _is_reported(path, eval_dir, pipeline):
+        if path.parent == run_dir and not (run_dir / "figures").is_dir():
+            draw_run(run_dir)  # It was stopped between the two.
         return log.info("report is there: %s", path)
     if todo:
         store = pipeline.open_store()

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from sae_runner import files
 from sae_runner.report.curves import curves_figure, read_curves
 from sae_runner.report.style import COLOURS, DARK, GREY, house_style, new_figure, plain_count, save
 
@@ -48,11 +49,11 @@ def draw_run(run_dir: Path) -> list[Path]:
         if by_position or histogram:
             measured_by = of_positions or of_rows or {}
             figures["error"] = error_figure(by_position, histogram, measured_by, title)
-        return [
-            path
-            for name, figure in figures.items()
-            for path in save(figure, run_dir / "figures", name)
-        ]
+        # All or none: whoever finds the folder need not ask what is missing in it.
+        with files.atomic(run_dir / "figures") as temporary:
+            temporary.mkdir()
+            drawn = [p for name, figure in figures.items() for p in save(figure, temporary, name)]
+        return [run_dir / "figures" / path.name for path in drawn]
 
 
 def figure_sources(run_dir: Path) -> list[Path]:
