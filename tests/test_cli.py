@@ -132,6 +132,8 @@ BAD = {
     "no key": (["train", "=3"], "'=3': no key before the ="),
     "seed beyond 64 bits": (["train", "seed=99999999999999999999"], "seed=1e+20: must be < 2^63"),
     "budget beyond 64 bits": (["train", "trainer.n_tokens=1e30"], "trainer.n_tokens=1e+30: must be < 2^63"),
+    "width beyond indices": (["train", "sae.d_sae=1000000000000"], "sae.d_sae=1e+12: more than 2,147,483,647 latents"),
+    "expansion beyond indices": (["train", "sae.expansion=1e30"], "sae.expansion=1e+30: more than 2,147,483,647 latents"),
     "a word of 5,000 digits": (["train", "sae.k=" + 5000 * "9"], "5,006 characters are no override"),
     "long name of a run": (["train", "run_name=" + 300 * "x"], "at most 200 letters"),
     "long name of a folder": (["train", "outputs=" + 400 * "y"], "File name too long"),

@@ -30,11 +30,15 @@ class Common(TypedDict):
     decoder_norm: Literal["unit", "free"]
 
 
+MOST_LATENTS = 2**31 - 1
+"""Indices of latents are 32 bits on disk."""
+
+
 def width(d_in: int, d_sae: int | None, expansion: float | None) -> int:
     """The number of latents from exactly one of `d_sae` and `expansion`.
 
     Raises:
-        ConfigError: both or neither are given.
+        ConfigError: both or neither are given, or that is too wide.
     """
     if (d_sae is None) == (expansion is None):
         given = "both" if d_sae is not None else "neither"
@@ -42,7 +46,11 @@ def width(d_in: int, d_sae: int | None, expansion: float | None) -> int:
             f"sae.d_sae={_text(d_sae)} and sae.expansion={_text(expansion)}: {given} given; "
             "exactly one is needed, set the other to null"
         )
-    return d_sae if d_sae is not None else max(1, round(d_in * float(expansion or 0)))
+    found = d_sae if d_sae is not None else max(1, round(d_in * float(expansion or 0)))
+    if found > MOST_LATENTS:
+        given = f"sae.d_sae={found:.4g}" if d_sae is not None else f"sae.expansion={expansion:g}"
+        raise ConfigError(f"{given}: more than {MOST_LATENTS:,} latents")
+    return found
 
 
 def _text(value: float | None) -> str:
