@@ -48,7 +48,8 @@ def train(
     )
     for step in range(n_steps):
         batch = x[torch.randint(len(x), (256,), generator=generator)]
-        loss = dead.add_to(sae.loss(batch, TrainState(min(1.0, step / 100), step / n_steps)), batch)
+        state = TrainState(min(1.0, step / 100), step / n_steps, 1 / n_steps)
+        loss = dead.add_to(sae.loss(batch, state), batch)
         optimiser.zero_grad()
         loss.total.backward()
         sae.before_step()

@@ -64,6 +64,8 @@ class TrainState(NamedTuple):
     """Factor on the sparsity penalty, from its warm-up and from the control of the L0."""
     progress: float = 1.0
     """Share of the steps that are done: 0 at the first, 1 after the last."""
+    per_step: float = 0.0
+    """Share of the steps that one is; 0 where no step is to follow."""
 
 
 class SAE(Weights):

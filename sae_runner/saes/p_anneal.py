@@ -76,7 +76,7 @@ class PAnneal(SAE):
     p_scale: Tensor
     """Product of the ratios that λ was multiplied by."""
     recorded: Tensor
-    """S_p of the last steps with the p in use, and with the next; rows of 0 are still to come."""
+    """S_p of the last steps before a change, with the p in use and with the next; else 0."""
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """See `SAE.encode`."""
@@ -87,6 +87,11 @@ class PAnneal(SAE):
         length = max(self.anneal_end - self.anneal_start, 1e-9)
         share = (progress - self.anneal_start) / length
         return min(max(int(share * self.n_p + 1e-9), 0), self.n_p - 1)
+
+    def changes_soon(self, state: TrainState) -> bool:
+        """Whether this step is one of the `N_RECORDED` before p changes."""
+        then = state.progress + N_RECORDED * state.per_step
+        return self.index_at(then) != self.index_at(state.progress)
 
     def p_of(self, index: int) -> float:
         """The value of p with this number, or the last."""
@@ -111,9 +116,10 @@ class PAnneal(SAE):
         self._take_up(index)
         p = self.p_of(index)
         power_sum = self.power_sum(acts, p)
-        with torch.no_grad():
-            following = self.power_sum(acts, self.p_of(index + 1))
-            self._note(state.progress, torch.stack([power_sum, following]), len(x))
+        if self.changes_soon(state):
+            with torch.no_grad():
+                following = self.power_sum(acts, self.p_of(index + 1))
+                self._note(state.progress, torch.stack([power_sum, following]), len(x))
         coefficient = self.sparsity_coefficient * state.penalty
         loss = self.loss_of(
             x, scaled, x_hat, count_active(acts), sparsity=(coefficient, self.p_scale * power_sum)

@@ -220,7 +220,7 @@ class Trainer:
         penalty = schedules.warmup(self.step, warmup * options.n_steps)
         if self.target_l0 is not None:
             penalty *= self.target_l0.factor
-        state = TrainState(penalty, self.step / options.n_steps)
+        state = TrainState(penalty, self.step / options.n_steps, 1 / options.n_steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in x.split(-(-len(x) // options.n_parts)):

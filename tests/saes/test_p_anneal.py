@@ -98,9 +98,9 @@ def test_without_an_anneal_p_stays(small, rows):
 def test_the_penalty_is_continuous_over_the_last_ten_steps(small, rows):
     """20 steps with p = 1, then the first with 0.8: λ is scaled by the mean of the last ten."""
     sae, old, new = small(), [], []
-    for t in range(20):
+    for t in range(16, 36):
         x = rows(30, D_IN, seed=t).double()
-        sae.loss(x, TrainState(1.0, t / 100))
+        sae.loss(x, TrainState(1.0, t / 100, 0.01))
         scaled = x.numpy() * sae.input_scale.item()
         old.append(reference(parameters(sae), scaled, 1.0, 1e-3)[1])
         new.append(reference(parameters(sae), scaled, 0.8, 1e-3)[1])
@@ -109,23 +109,41 @@ def test_the_penalty_is_continuous_over_the_last_ten_steps(small, rows):
         sae.after_step()
     assert sae.p_scale == 1
     x = rows(30, D_IN, seed=99).double()
-    loss = sae.loss(x, TrainState(1.0, 0.4))
+    loss = sae.loss(x, TrainState(1.0, 0.36, 0.01))
     ratio = np.mean(old[-10:]) / np.mean(new[-10:])
     assert abs(ratio - np.mean(old) / np.mean(new)) > 1e-2
     assert sae.p_scale.item() == pytest.approx(ratio, rel=1e-5)
     s_p = reference(parameters(sae), x.numpy() * sae.input_scale.item(), 0.8, 1e-3)[1]
     assert loss.parts["sparsity"].item() == pytest.approx(ratio * s_p, rel=1e-5)
     sae.after_step()
-    again = sae.loss(x, TrainState(1.0, 0.41))  # Scaled once, not at every step.
+    again = sae.loss(x, TrainState(1.0, 0.37, 0.01))  # Scaled once, not at every step.
     assert again.parts["sparsity"].item() == pytest.approx(loss.parts["sparsity"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n_steps", [100, 1000, 12])
+def test_the_next_power_sum_is_computed_in_the_ten_steps_before_a_change(small, rows, n_steps):
+    sae, x, seen, used = small(), rows(4, D_IN).double(), [], []
+    real = sae.power_sum
+    sae.power_sum = lambda acts, p: (seen.append(p), real(acts, p))[1]
+    for t in range(n_steps):
+        seen.clear()
+        sae.loss(x, TrainState(1.0, t / n_steps, 1 / n_steps))
+        sae.after_step()
+        used.append(list(seen))
+    p = [values[0] for values in used]
+    changes = [t for t in range(1, n_steps) if p[t] != p[t - 1]]
+    assert len(changes) == 4
+    due = [t for t in range(n_steps) if any(c - 10 <= t < c for c in changes)]
+    assert [t for t, values in enumerate(used) if len(values) == 2] == due
 
 
 def test_parts_of_a_batch_count_as_one_step(small, rows):
     whole, parts, x = small(), small(), rows(30, D_IN).double()
-    for t in range(3):
-        whole.loss(x, TrainState(1.0, t / 100))
+    for t in range(33, 36):
+        state = TrainState(1.0, t / 100, 0.01)
+        whole.loss(x, state)
         for part in x.split([10, 20]):
-            parts.loss(part, TrainState(1.0, t / 100))
+            parts.loss(part, state)
         for sae in (whole, parts):
             sae.after_step()
             sae.after_step()  # As after a resampling: no step of its own.
@@ -148,13 +166,13 @@ def test_gradient_is_finite_where_latents_barely_fire_or_do_not(small, rows):
 def test_a_resume_takes_up_what_the_annealing_had_come_to(small, rows):
     sae = small()
     for t in range(50):
-        sae.loss(rows(10, D_IN, seed=t).double(), TrainState(1.0, t / 100))
+        sae.loss(rows(10, D_IN, seed=t).double(), TrainState(1.0, t / 100, 0.01))
         sae.after_step()
     other = small()
     other.load_tensors({name: tensor.clone() for name, tensor in sae.tensors().items()})
     for t in range(50, 60):
         x = rows(10, D_IN, seed=t).double()
-        state = TrainState(1.0, t / 100)
+        state = TrainState(1.0, t / 100, 0.01)
         assert torch.equal(sae.loss(x, state).total, other.loss(x, state).total)
         sae.after_step()
         other.after_step()
