@@ -1,0 +1,122 @@
+"""What the operations on selected latents speak of, whoever computes them.
+
+A selection is in CSR form: row t of n owns the entries from offsets[t] to offsets[t + 1], each the
+index of a latent, no latent twice in a row. W is [d_sae, d]: a latent is a row.
+"""
+
+from typing import NamedTuple, Protocol
+
+from jaxtyping import BFloat16, Float, Float64, Int, Int32, Int64
+from torch import Tensor
+
+
+class ByLatent(NamedTuple):
+    """A selection read by latents: latent j owns the places from starts[j] to starts[j + 1]."""
+
+    starts: Int64[Tensor, " d_sae_plus_1"]
+    rows: Int[Tensor, " nnz"]
+    """The row of each; ascending within a latent."""
+    entries: Int[Tensor, " nnz"]
+    """Its place in the order of rows."""
+
+
+class Factor(NamedTuple):
+    """A gradient that is a sparse product: g_j = Σ over entries of latent j of coef · dense[row].
+
+    The gradient of a decoder has the latents as coefficients and that of x̂ as rows; that of an
+    encoder the gradient of the pre-activations and the inputs.
+    """
+
+    by_latent: ByLatent
+    coefs: Float[Tensor, " nnz"]
+    """In the order of rows."""
+    dense: Float[Tensor, "n d"]
+
+
+class Ops(Protocol):
+    """What `torch_ops`, `native_ops` and `triton_ops` each offer, with the same results."""
+
+    def topk(self, scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
+        """Places of the k largest scores of each row, in any order."""
+        ...
+
+    def rescore(
+        self,
+        x: Float[Tensor, "n d"],
+        W: Float[Tensor, "d_sae d"],
+        b: Float[Tensor, " d_sae"],
+        candidates: Int[Tensor, "n m"],
+        k: int,
+    ) -> tuple[Float[Tensor, "n k"], Int32[Tensor, "n k"]]:
+        """⟨x_t, W_j⟩ + b_j of the k best of each row's candidates, and which they are."""
+        ...
+
+    def products(
+        self,
+        x: Float[Tensor, "n d"],
+        W: Float[Tensor, "d_sae d"],
+        offsets: Int64[Tensor, " n_plus_1"],
+        indices: Int[Tensor, " nnz"],
+    ) -> Float[Tensor, " nnz"]:
+        """⟨x_t, W_j⟩ of every entry."""
+        ...
+
+    def decode(
+        self,
+        W: Float[Tensor, "d_sae d"],
+        offsets: Int64[Tensor, " n_plus_1"],
+        indices: Int[Tensor, " nnz"],
+        values: Float[Tensor, " nnz"],
+    ) -> Float[Tensor, "n d"]:
+        """Σ_j f_tj W_j of every row."""
+        ...
+
+    def reconstruct(
+        self,
+        W: Float[Tensor, "d_sae d"],
+        offsets: Int64[Tensor, " n_plus_1"],
+        indices: Int[Tensor, " nnz"],
+        values: Float[Tensor, " nnz"],
+        wanted: Float[Tensor, "n d"],
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, " nnz"]]:
+        """r_t = wanted_t − Σ_j f_tj W_j, and ⟨r_t, W_j⟩ of every entry."""
+        ...
+
+    def by_latent(
+        self, offsets: Int64[Tensor, " n_plus_1"], indices: Int[Tensor, " nnz"], d_sae: int
+    ) -> ByLatent:
+        """The same selection, read by latents."""
+        ...
+
+    def weight_gradient(self, factor: Factor, d_sae: int) -> Float[Tensor, "d_sae d"]:
+        """The gradient that a factor stands for."""
+        ...
+
+    def gradient_norm2(
+        self, factors: list[Factor], W: Float[Tensor, "d_sae d"] | None
+    ) -> Float64[Tensor, ""]:
+        """Squared norm of the sum of `factors`; with W, less each row's part along W_j."""
+        ...
+
+    def adam_(
+        self,
+        W: Float[Tensor, "d_sae d"],
+        exp_avg: Float[Tensor, "d_sae d"],
+        exp_avg_sq: Float[Tensor, "d_sae d"],
+        factors: list[Factor],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        step: int,
+        scale: float | Tensor,
+        unit: bool,
+        shadow: BFloat16[Tensor, "d_sae d"] | None,
+    ) -> None:
+        """One step of Adam on W, whose gradient is `scale` times the sum of `factors`.
+
+        `step` counts from 1. With `unit` the gradient loses its part along each row of W, and rows
+        are brought back to norm 1. `shadow` receives the new rows in bfloat16.
+        """
+        ...
