@@ -153,8 +153,8 @@ def time_training(
     batches = trainer.source.shuffled(options.batch_size, copy.store_options.seed, start=Position())
     n, start = 0, time.perf_counter()
     for i, batch in enumerate(itertools.islice(batches, N_STEPS + 1)):
-        loss, _, _ = trainer.take_step(batch.x.to(device))
-        float(loss.total)  # Waits for the device.
+        taken, _, _ = trainer.take_step(batch.x.to(device))
+        float(taken.total)  # Waits for the device.
         if i == 0:
             start = time.perf_counter()
             continue

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sae_runner.errors import ConfigError
-from sae_runner.saes.base import SAE, Loss
+from sae_runner.saes.base import SAE
 from sae_runner.training.options import TrainOptions
+from sae_runner.training.parts import Taken
 
 log = logging.getLogger("sae_runner")
 DIVERGED = 1e4
@@ -39,17 +40,17 @@ class Guardrails:
             self.said.add(what)
             log.warning(message)
 
-    def check_sound(self, step: int, x: Tensor, loss: Loss, grad_norm: Tensor) -> None:
+    def check_sound(self, step: int, taken: Taken, grad_norm: Tensor) -> None:
         """Refuse to log or save a step of a training that went astray.
 
         Raises:
             ConfigError: the loss or its gradient is not finite, or the reconstruction is absurd.
         """
-        size = x.square().sum().clamp_min(1e-12)
+        fit = taken.fit
         found = {
-            "loss": float(loss.total),
+            "loss": float(taken.total),
             "grad_norm": float(grad_norm),
-            "squared error / squared norm": float((x - loss.x_hat).square().sum() / size),
+            "squared error / squared norm": float(fit.error / fit.square.clamp_min(1e-12)),
         }
         limit = max(DIVERGED, (self.sae.d_sae / self.sae.d_in) ** 2)
         self._refuse(step, found, {"squared error / squared norm": limit})
@@ -73,13 +74,12 @@ class Guardrails:
                     f"({self.options.clip_grad_norm}); the last checkpoint stays"
                 )
 
-    def look(self, step: int, loss: Loss, dead: Tensor) -> None:
-        """Warn of what is odd in a step that is logged.
+    def look(self, step: int, total: float, dead: Tensor) -> None:
+        """Warn of what is odd in a step that is logged, by its loss and which latents are dead.
 
         Raises:
             ConfigError: every latent is dead, and nothing would revive one.
         """
-        total = float(loss.total)
         if total > EXPLODED * self.least > 0:
             self.warn(
                 "loss",
@@ -122,7 +122,7 @@ class Guardrails:
             step: the last.
             l0: of its batch, in training.
             used: what is saved for use, before it is folded.
-            x: that batch.
+            x: that batch, or its last part.
         """
         target = used.target_l0
         if target is not None and abs(l0 - target) > MISSED * target:

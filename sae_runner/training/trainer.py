@@ -18,7 +18,7 @@ from sae_runner import signals
 from sae_runner.errors import ConfigError
 from sae_runner.log import Progress
 from sae_runner.models.base import Inputs
-from sae_runner.saes.base import SAE, Loss, TrainState
+from sae_runner.saes.base import SAE, TrainState
 from sae_runner.store.activations import Activations, Batch, Position
 from sae_runner.store.inputs import InputBatch
 from sae_runner.store.prefetch import Prefetched
@@ -32,7 +32,7 @@ from sae_runner.training.journal import Journal, LogSink
 from sae_runner.training.objectives import OBJECTIVES
 from sae_runner.training.objectives.base import Objective, Source
 from sae_runner.training.options import TrainOptions as TrainOptions
-from sae_runner.training.parts import detached, merged
+from sae_runner.training.parts import Taken
 from sae_runner.training.target_l0 import DESCENT, TargetL0
 
 log = logging.getLogger("sae_runner")
@@ -86,7 +86,7 @@ class Trainer:
             )
         self.target_l0 = TargetL0(sae.target_l0) if sae.penalised and sae.target_l0 else None
         self.step, self.position = 0, Position()
-        self.mean = torch.zeros(sae.d_in)
+        self.mean = torch.zeros(sae.d_out, device=device)
         self.journal = Journal(run_dir, options.batch_size, sinks)
         self.guardrails = Guardrails(sae, options, self.lr, self.dead.revives)
         self.keep_at = options.checkpoint_steps()
@@ -183,19 +183,19 @@ class Trainer:
             Interrupted: `stop` is true; the state is saved.
             ConfigError: training diverged.
         """
-        loss, grad_norm, lr = self.take_step(batch.x.to(self.device))
+        taken, grad_norm, lr = self.take_step(batch.x.to(self.device))
         self.step, self.position = self.step + 1, batch.position
         row, last = None, self.step == self.options.n_steps
         if self.step % self.options.log_every == 0 or last:
-            row = self.log_metrics(loss, grad_norm, lr)
+            row = self.log_metrics(taken, grad_norm, lr)
             self.journal.timings(self.step, wait_s)
         stopping = bool(stop)  # A signal that comes later waits for the next step.
         if self.step in self.keep_at or last or stopping or self.save_is_due():
-            self.guardrails.check_sound(self.step, self.sae.target_of(loss.x), loss, grad_norm)
+            self.guardrails.check_sound(self.step, taken, grad_norm)
             self.save(wait_s)
         if last:
-            x = self.sae.input_of(loss.x)
-            l0 = float(loss.l0) * (1.0 if self.target_l0 is None else self.target_l0.ratio)
+            x = self.sae.input_of(taken.last.x)
+            l0 = float(taken.l0) * (1.0 if self.target_l0 is None else self.target_l0.ratio)
             self.guardrails.look_at_end(self.step, l0, self.used, x)
         if stop is not None and (stopping or (last and stop)):
             self._interrupt(stop)
@@ -204,7 +204,7 @@ class Trainer:
     def _interrupt(self, stop: signals.StopRequest) -> None:
         stop.interrupt(f"stopped at step {self.step}; type the same command to go on")
 
-    def take_step(self, x: Tensor | Inputs) -> tuple[Loss, Tensor, float]:
+    def take_step(self, x: Tensor | Inputs) -> tuple[Taken, Tensor, float]:
         """One update on a batch of rows [n, d_in] or of inputs: its loss, gradient norm, lr."""
         options, sae = self.options, self.sae
         if self.step in self.intervention_steps:  # A checkpoint of this step is from before.
@@ -222,13 +222,14 @@ class Trainer:
             penalty *= self.target_l0.factor
         state = TrainState(penalty, self.step / options.n_steps, 1 / options.n_steps)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = []
+        taken = Taken(sae, self.mean)
         for part in x.split(-(-len(x) // options.n_parts)):
+            taken.shed()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=options.half):
                 loss = self.objective.loss(part, state)
                 loss = self.dead.add_to(loss, sae.input_of(loss.x))
             (loss.total * (len(part) / len(x))).backward()  # type: ignore[no-untyped-call]
-            losses.append(detached(loss))
+            taken.add(loss)
         sae.before_step()
         # An unreachable bound measures without clipping.
         grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -238,36 +239,33 @@ class Trainer:
         sae.after_step()
         if self.averaged is not None:
             self.averaged.update(sae)
-        whole = merged(losses)
-        self.dead.update(whole.fired, len(whole.x))
+        self.dead.update(taken.fired, taken.n_rows)
         if self.target_l0 is not None:
-            self.target_l0.update(float(whole.l0), state.progress)
+            self.target_l0.update(float(taken.l0), state.progress)
             if self.target_l0.compares_at(self.step, options.n_steps):
                 self.target_l0.compare(self.target_l0.heldout_l0(self.for_inference()))
-        return whole, grad_norm, lr
+        return taken, grad_norm, lr
 
     # -- What is kept ----------------------------------------------------------------------------
 
-    def log_metrics(self, loss: Loss, grad_norm: Tensor, lr: float) -> dict[str, float]:
+    def log_metrics(self, taken: Taken, grad_norm: Tensor, lr: float) -> dict[str, float]:
         """Append one line to metrics.jsonl and hand it to the loggers."""
-        x = self.sae.target_of(loss.x)
-        error = (x - loss.x_hat).square().sum()
-        variance = (x - self.mean).square().sum()
+        fit = taken.fit
         row: dict[str, float] = {
             "step": self.step,
             "n_tokens": self.step * self.options.batch_size,
-            "loss": float(loss.total),
-            **{name: float(value) for name, value in loss.parts.items()},
-            "l0": float(loss.l0),
-            "fvu": float(error / variance.clamp_min(1e-12)),
+            "loss": float(taken.total),
+            **{name: float(value) for name, value in taken.parts.items()},
+            "l0": float(taken.l0),
+            "fvu": float(fit.error / fit.deviation.clamp_min(1e-12)),
             "dead_fraction": float(self.dead.dead.float().mean()),
             "lr": lr,
             "grad_norm": float(grad_norm),
         }
         if self.target_l0 is not None:
             row["penalty_factor"] = self.target_l0.factor
-        self.guardrails.check_sound(self.step, x, loss, grad_norm)
-        self.guardrails.look(self.step, loss, self.dead.dead)
+        self.guardrails.check_sound(self.step, taken, grad_norm)
+        self.guardrails.look(self.step, float(taken.total), self.dead.dead)
         self.journal.metrics(row)
         return row
 

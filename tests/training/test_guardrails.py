@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from sae_runner.errors import ConfigError
+from sae_runner.saes.base import TrainState
 from sae_runner.training.guardrails import Guardrails
+from sae_runner.training.parts import Taken
 
 
 @pytest.fixture
@@ -16,61 +18,50 @@ def guarded(make, options):
     return build
 
 
-def loss_of(sae, rows, total):
-    from sae_runner.saes.base import TrainState
-
-    return sae.loss(rows(10), TrainState())._replace(total=torch.tensor(total))
-
-
-@pytest.fixture
-def rows():
-    return lambda n: torch.randn(n, 8, generator=torch.Generator().manual_seed(3))
-
-
 ALIVE, DEAD = torch.zeros(24, dtype=torch.bool), torch.ones(24, dtype=torch.bool)
 
 
-def test_an_exploding_loss_is_said_once(guarded, rows, caplog):
-    sae, guard = guarded()
+def test_an_exploding_loss_is_said_once(guarded, caplog):
+    _, guard = guarded()
     with caplog.at_level(logging.WARNING):
         for step, total in enumerate((5.0, 1.0, 99.0)):
-            guard.look(step, loss_of(sae, rows, total), ALIVE)
+            guard.look(step, total, ALIVE)
         assert caplog.text == ""
         for step, total in enumerate((101.0, 500.0)):
-            guard.look(step, loss_of(sae, rows, total), ALIVE)
+            guard.look(step, total, ALIVE)
     assert len(caplog.records) == 1
     assert "101 times its least; lower trainer.lr (0.003)" in caplog.text
 
 
-def test_all_dead_is_the_end_unless_something_revives(guarded, rows, caplog):
-    sae, guard = guarded(revives=False)
+def test_all_dead_is_the_end_unless_something_revives(guarded, caplog):
+    _, guard = guarded(revives=False)
     almost = DEAD.clone()
     almost[3] = False
-    guard.look(7, loss_of(sae, rows, 1.0), almost)
+    guard.look(7, 1.0, almost)
     with pytest.raises(ConfigError, match=r"step 7: all 24 latents are dead; .*dead_latents=resa"):
-        guard.look(7, loss_of(sae, rows, 1.0), DEAD)
-    sae, guard = guarded(revives=True)
+        guard.look(7, 1.0, DEAD)
+    _, guard = guarded(revives=True)
     for _ in range(2):
-        guard.look(7, loss_of(sae, rows, 1.0), DEAD)
+        guard.look(7, 1.0, DEAD)
     assert caplog.text.count("all 24 latents are dead") == 1
 
 
-def test_a_threshold_that_never_moves_is_said(guarded, rows, caplog, monkeypatch):
+def test_a_threshold_that_never_moves_is_said(guarded, caplog, monkeypatch):
     sae, guard = guarded()
     threshold = torch.full((24,), 0.1, requires_grad=True)
     monkeypatch.setattr(sae, "thresholds", lambda latents: 1 * threshold[latents])
-    guard.look(0, loss_of(sae, rows, 1.0), ALIVE)
-    guard.look(2, loss_of(sae, rows, 1.0), ALIVE)  # A tenth of the 20 steps: too early to tell.
+    guard.look(0, 1.0, ALIVE)
+    guard.look(2, 1.0, ALIVE)  # A tenth of the 20 steps: too early to tell.
     assert caplog.text == ""
-    guard.look(3, loss_of(sae, rows, 1.0), ALIVE)
+    guard.look(3, 1.0, ALIVE)
     assert "no threshold has moved" in caplog.text
     caplog.clear()
     sae, guard = guarded()
     monkeypatch.setattr(sae, "thresholds", lambda latents: 1 * threshold[latents])
-    guard.look(0, loss_of(sae, rows, 1.0), ALIVE)
+    guard.look(0, 1.0, ALIVE)
     with torch.no_grad():
         threshold[5] *= 1.01
-    guard.look(19, loss_of(sae, rows, 1.0), ALIVE)
+    guard.look(19, 1.0, ALIVE)
     assert caplog.text == ""
 
 
@@ -105,21 +96,21 @@ def test_a_threshold_that_lets_more_fire_than_training_is_said(make, options, ca
 
 
 def test_a_wide_sae_may_start_long(make, options):
-    from sae_runner.saes.base import TrainState
-
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(3))
     for d_sae in (64, 2048):
         sae = make("gated", 8, d_sae)
+        sound, wrong = Taken(sae, x.mean(0)), Taken(sae, x.mean(0))
         with torch.no_grad():
             loss = sae.loss(x, TrainState())
-            wrong = loss._replace(x_hat=150 * x)  # Of 22,201 times the squared norm.
+        sound.add(loss)
+        wrong.add(loss._replace(x_hat=150 * x))  # Of 22,201 times the squared norm.
         guard = Guardrails(sae, options(), 3e-3, True)
-        guard.check_sound(1, x, loss, torch.tensor(1.0))
+        guard.check_sound(1, sound, torch.tensor(1.0))
         if d_sae == 64:
             with pytest.raises(ConfigError, match="squared error / squared norm is"):
-                guard.check_sound(1, x, wrong, torch.tensor(1.0))
+                guard.check_sound(1, wrong, torch.tensor(1.0))
         else:
-            guard.check_sound(1, x, wrong, torch.tensor(1.0))
+            guard.check_sound(1, wrong, torch.tensor(1.0))
 
 
 def test_weights_that_are_not_finite_are_not_saved(trainer):
