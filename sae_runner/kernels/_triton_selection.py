@@ -73,7 +73,7 @@ def topk(
     out += row * k
     group = tl.arange(0, GROUPS)
     best = tl.full([GROUPS], float("nan"), tl.float32)
-    for tile in range(TILES):
+    for tile in tl.range(0, TILES, loop_unroll_factor=4):
         place = tile * GROUPS + group
         score = tl.load(scores + place, mask=place < S, other=float("nan")).to(tl.float32)
         best = tl.maximum(best, score)  # A NaN gives way to a number.

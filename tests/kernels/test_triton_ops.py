@@ -131,6 +131,23 @@ def test_topk_of_equals_infinities_and_nan(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_topk_of_neighbours(device, dtype, sign):
+    """Numbers that differ in their last bit; and a row ends where the next one begins."""
+    integers = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    bits = sign * torch.tensor(1.5, dtype=dtype)
+    scores = (bits.view(integers) - torch.randperm(3000).to(integers)).view(dtype).repeat(2, 1)
+    scores[0, 952:962] = 3  # Of the same groups as what would be places 3000 to 3009.
+    scores[1, :10] = 5
+    ordered = scores.float().sort(descending=True).values
+    for k in (30, 31):
+        places = triton_ops.topk(scores.to(device), k).long().cpu()
+        assert places.max() < 3000
+        found = scores.float().gather(1, places).sort(descending=True).values
+        assert torch.equal(found, ordered[:, :k])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_topk_beyond_what_a_program_holds(device, dtype, monkeypatch):
     monkeypatch.setattr(triton_ops, "MOST_SURVIVORS", 16)
     scores = torch.randn(2, 50, device=device).to(dtype)
