@@ -1,0 +1,115 @@
+"""native.cpp as a shared library: compiled at first use, kept, and loaded.
+
+One call of the compiler on one file without any header of PyTorch takes 3 s. Torch's own loader
+needs ninja and 15 s, checks both at each start, and waits for ever on the lock of a killed compile.
+There is no lock here: who compiles at the same time writes the same file, and gives it its name
+when it is whole.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = (
+    "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+LEVELS = {
+    "avx512": (
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma",
+        "-mprefer-vector-width=512",
+    ),
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": (),
+}  # fmt: skip
+"""Instructions that may be used, by name. Never `native`: a cluster's machines share the file."""
+
+
+def supported_levels() -> list[str]:
+    """Which of LEVELS this processor has, the best first; ATEN_CPU_CAPABILITY lowers it."""
+    found = torch.backends.cpu.get_cpu_capability()
+    best = 0 if found.startswith("AVX512") else 1 if found.startswith("AVX") else 2
+    return list(LEVELS)[best:]
+
+
+def compiler() -> list[str]:
+    """The command that CXX names, or the first compiler in PATH; empty without one."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    return next((command for command in candidates if shutil.which(command[0])), [])
+
+
+def library_path(level: str) -> Path:
+    """Where the library for `level` lies: in torch's folder of extensions, named by its content."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions").expanduser()
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default), "sae_runner")
+    content = SOURCE.read_bytes() + " ".join(FLAGS + LEVELS[level]).encode()
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return folder / f"native-{platform.machine()}-{level}-{digest}.so"
+
+
+def compile_library(level: str, path: Path) -> None:
+    """Write the library for `level` to `path`.
+
+    Raises:
+        OSError: no compiler, it failed or took longer than five minutes, or nothing can be written.
+    """
+    command = compiler()
+    if not command:
+        raise OSError("no C++ compiler in PATH")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
+    words = [*command, *FLAGS, *LEVELS[level], str(SOURCE), "-o", str(part)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode != 0:
+            lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+            reason = next((line for line in lines if "error" in line), lines[0])
+            raise OSError(f"{command[0]} failed: {reason}")
+        part.replace(path)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} took longer than 5 minutes") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_level(level: str) -> ctypes.CDLL:
+    """The library for `level`, compiled if need be.
+
+    It uses the OpenMP that torch has loaded, so its threads are torch's.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    path = library_path(level)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # Not there, cut off, or linked against a newer libc than this machine's.
+        start = time.perf_counter()
+        logger.info("compiling the native kernels (%s), once", level)
+        compile_library(level, path)
+        logger.info("compiled in %.1f s: %s", time.perf_counter() - start, path)
+        return ctypes.CDLL(str(path))
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The library for this processor, or None; why not is logged, once."""
+    try:
+        return load_level(supported_levels()[0])
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        logger.info("the native kernels are not used, PyTorch's operations are: %s", reason)
+        return None

@@ -1,0 +1,465 @@
+// The hot step of sparse autoencoders on a CPU: plain functions over raw pointers, float32.
+//
+// A latent is a row of W [S, d]; a selection is CSR (row t owns entries offsets[t] to
+// offsets[t + 1] of `indices`). Whoever calls has checked shapes and types. Two passes read almost
+// all the memory that a step reads: rows of W gathered for each row of the batch, rows of the batch
+// gathered for each latent. Both are bound by the latency and the width of memory, not by
+// arithmetic, so the loops below are plain and the rows ahead are prefetched.
+//
+// No float is ever added by two threads, and no sum depends on how many there are: the same inputs
+// give the same bits, whatever the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Lanes of the widest register that the flags allow.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+// `aligned(4)`: rows start anywhere, since d may be odd.
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// body(begin, end) for blocks of 0..n; whoever is free takes the next, so a slow one delays nobody.
+template <class Body>
+void in_parallel(int64_t n, int64_t block, int64_t threads, Body body) {
+  const int64_t blocks = (n + block - 1) / block;
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads)) if (blocks > 1)
+  for (int64_t b = 0; b < blocks; ++b) body(b * block, std::min(n, (b + 1) * block));
+}
+
+// ---- Rows of floats -----------------------------------------------------------------------------
+
+// Four sums side by side: one alone would wait four cycles for each addition.
+float dot(const float* a, const float* b, int64_t d) {
+  auto at = [](const float* p) { return *reinterpret_cast<const Lanes*>(p); };
+  Lanes sums[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * LANES <= d; c += 4 * LANES)
+    for (int u = 0; u < 4; ++u) sums[u] += at(a + c + u * LANES) * at(b + c + u * LANES);
+  for (; c + LANES <= d; c += LANES) sums[0] += at(a + c) * at(b + c);
+  const Lanes all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float sum = 0;
+  for (int l = 0; l < LANES; ++l) sum += all[l];
+  for (; c < d; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
+void add_scaled(float* __restrict y, float a, const float* __restrict x, int64_t d) {
+#pragma omp simd
+  for (int64_t c = 0; c < d; ++c) y[c] += a * x[c];
+}
+
+// Ask for a row long before it is needed: the hardware's own prefetcher only begins after some
+// lines of it, and stops at the end of each page.
+constexpr int64_t AHEAD = 4;
+void prefetch(const float* row, int64_t d) {
+  for (int64_t c = 0; c < d; c += 16) __builtin_prefetch(row + c, 0, 3);
+}
+
+// ---- The k largest ------------------------------------------------------------------------------
+
+// Floats are compared as integers: without its sign, a float's bits grow as it does. The two zeros
+// are equal, and NaN, whose bits are beyond those of infinity, becomes the least of all.
+template <class Bits>
+constexpr Bits INFINITE = sizeof(Bits) == 2 ? 0x7F80 : 0x7F800000;
+template <class Bits>
+constexpr Bits LEAST = std::numeric_limits<Bits>::min();
+
+template <class Bits>
+inline Bits key_of(Bits bits) {
+  const Bits sign = bits >> (8 * sizeof(Bits) - 1);  // 0 or −1
+  const Bits key = ((bits & std::numeric_limits<Bits>::max()) ^ sign) - sign;
+  return key > INFINITE<Bits> ? LEAST<Bits> : key;
+}
+
+template <class Bits>
+int64_t count_at_least(const Bits* keys, int64_t n, Bits cut) {
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += 16384) {  // An int16 can count so many.
+    Bits part = 0;
+    const int64_t end = std::min(n, begin + 16384);
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += keys[i] >= cut;
+    count += part;
+  }
+  return count;
+}
+
+// The k-th largest key, bit by bit: the largest number that at least k keys reach. 16 or 32 passes
+// over some hundred keys take less time than one pass that branches on each.
+template <class Bits>
+Bits kth_largest(const Bits* keys, int64_t n, int64_t k) {
+  int64_t found = LEAST<Bits>;
+  for (int bit = 8 * sizeof(Bits) - 1; bit >= 0; --bit) {
+    const int64_t higher = found + (int64_t{1} << bit);
+    if (count_at_least(keys, n, static_cast<Bits>(higher)) >= k) found = higher;
+  }
+  return static_cast<Bits>(found);
+}
+
+// Write the k places whose keys are largest, ascending; of equal keys, the first.
+template <class Bits, class Place>
+void write_largest(const Bits* keys, int64_t n, int64_t k, Place place, int32_t* out) {
+  const Bits least = kth_largest(keys, n, k);
+  int64_t above = least == std::numeric_limits<Bits>::max()
+                      ? 0 : count_at_least(keys, n, static_cast<Bits>(least + 1));
+  int64_t ties = k - above;
+  for (int64_t i = 0, written = 0; written < k; ++i) {
+    out[written] = place(i);  // Written again where it was not among them: no branch to mispredict.
+    const bool tied = keys[i] == least && ties > 0;
+    ties -= tied;
+    written += tied || keys[i] > least;
+  }
+}
+
+// Keys of a row that reach the cut, and their places; returns how many.
+template <class Bits>
+int64_t survivors(const Bits* row, int64_t n, Bits cut, Bits* keys, int32_t* places) {
+  int64_t found = 0, i = 0;
+#ifdef __AVX512BW__
+  // Some fifty of 12,288 reach it: whole registers are passed over at one comparison each.
+  constexpr int64_t AT_ONCE = 64 / sizeof(Bits);
+  for (; i + AT_ONCE <= n; i += AT_ONCE) {
+    alignas(64) Bits here[AT_ONCE];
+    for (int64_t l = 0; l < AT_ONCE; ++l) here[l] = key_of(row[i + l]);
+    const __m512i all = _mm512_load_si512(here);
+    uint32_t reached = sizeof(Bits) == 2 ? _mm512_cmpge_epi16_mask(all, _mm512_set1_epi16(cut))
+                                         : _mm512_cmpge_epi32_mask(all, _mm512_set1_epi32(cut));
+    for (; reached; reached &= reached - 1) {
+      const int l = __builtin_ctz(reached);
+      places[found] = i + l;
+      keys[found++] = key_of(row[i + l]);
+    }
+  }
+#endif
+  for (; i < n; ++i) {
+    places[found] = i;
+    keys[found] = key_of(row[i]);
+    found += keys[found] >= cut;
+  }
+  return found;
+}
+
+// A lower bound on the k-th largest key of a row, close to it. Each place i is in group i mod
+// GROUPS. The k-th largest of the groups' maxima is reached by k groups, so by k keys at least; and
+// by few more, as long as k is well below GROUPS: 50 at k = 48 of 12,288.
+constexpr int64_t GROUPS = 512;
+template <class Bits>
+Bits lower_bound(const Bits* row, int64_t n, int64_t k, Bits* keys) {
+  const bool grouped = n >= 4 * GROUPS && k <= GROUPS / 2;
+  if (!grouped) {
+    for (int64_t i = 0; i < n; ++i) keys[i] = key_of(row[i]);
+    return kth_largest(keys, n, k);
+  }
+  std::fill(keys, keys + GROUPS, LEAST<Bits>);
+  for (int64_t i = 0; i < n; i += GROUPS) {
+    const int64_t groups = std::min(GROUPS, n - i);
+#pragma omp simd
+    for (int64_t g = 0; g < groups; ++g) keys[g] = std::max(keys[g], key_of(row[i + g]));
+  }
+  return kth_largest(keys, GROUPS, k);
+}
+
+template <class Bits>
+void topk(const Bits* scores, int64_t n, int64_t S, int64_t k, int32_t* out, int64_t threads) {
+  in_parallel(n, 16, threads, [=](int64_t begin, int64_t end) {
+    thread_local std::vector<Bits> keys;
+    thread_local std::vector<int32_t> places;
+    keys.resize(std::max(S, GROUPS) + 1), places.resize(S + 1);
+    for (int64_t t = begin; t < end; ++t) {
+      const Bits* row = scores + t * S;
+      const Bits cut = lower_bound(row, S, k, keys.data());
+      const int64_t found = survivors(row, S, cut, keys.data(), places.data());
+      write_largest(keys.data(), found, k, [&](int64_t i) { return places[i]; }, out + t * k);
+    }
+  });
+}
+
+// ---- Rows of the batch --------------------------------------------------------------------------
+
+// Prefetch, while entry e is at work, the row of W of the entry AHEAD of it, of those before `end`.
+inline void prefetch_ahead(const float* W, int64_t d, const int32_t* indices, int64_t e,
+                           int64_t end) {
+  if (e + AHEAD < end) prefetch(W + indices[e + AHEAD] * d, d);
+}
+
+constexpr int64_t ROWS = 8;  // At a time: some hundred entries, 0.05 ms.
+
+// ---- Rows of the weights ------------------------------------------------------------------------
+
+struct Factor {  // As in base.py.
+  const int64_t* starts;
+  const int32_t* rows;
+  const int32_t* entries;
+  const float* coefs;
+  const float* dense;
+};
+
+// grad[j] = Σ_{e of j} coefs[entries[e]] · dense[rows[e]], summed over all factors, row by row.
+//
+// A latent that fires in half of all rows would keep one thread busy when all others are done. So
+// the sums of those with more than LONG entries are made first, each by all threads, by columns.
+class Gradient {
+ public:
+  Gradient(const Factor* factors, int64_t n_factors, int64_t S, int64_t d, int64_t threads)
+      : factors(factors, factors + n_factors), longs(n_factors), sums(n_factors), S(S), d(d) {
+    for (int64_t f = 0; f < n_factors; ++f) {
+      for (int64_t j = 0; j < S; ++j)
+        if (entries_of(f, j) > LONG) longs[f].push_back(j);
+      sums[f].resize(longs[f].size() * d);
+      const int64_t slices = (d + SLICE - 1) / SLICE;
+      in_parallel(longs[f].size() * slices, 1, threads, [&](int64_t part, int64_t) {
+        const int64_t i = part / slices, column = part % slices * SLICE;
+        float* sum = sums[f].data() + i * d + column;
+        add(this->factors[f], longs[f][i], column, std::min(SLICE, d - column), sum);
+      });
+    }
+  }
+
+  void row(int64_t j, float* grad) const {
+    std::fill(grad, grad + d, 0.0f);
+    for (int64_t f = 0; f < static_cast<int64_t>(factors.size()); ++f) {
+      if (entries_of(f, j) <= LONG) {
+        add(factors[f], j, 0, d, grad);
+      } else {
+        const auto place = std::lower_bound(longs[f].begin(), longs[f].end(), j) - longs[f].begin();
+        add_scaled(grad, 1.0f, sums[f].data() + place * d, d);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t LONG = 1024, SLICE = 64;
+
+  int64_t entries_of(int64_t f, int64_t j) const {
+    return factors[f].starts[j + 1] - factors[f].starts[j];
+  }
+
+  void add(const Factor& of, int64_t j, int64_t column, int64_t width, float* grad) const {
+    const float* dense = of.dense + column;
+    for (int64_t e = of.starts[j]; e < of.starts[j + 1]; ++e) {
+      // Past the latent's own entries come those of the next.
+      if (e + AHEAD < of.starts[S]) prefetch(dense + of.rows[e + AHEAD] * d, width);
+      add_scaled(grad, of.coefs[of.entries[e]], dense + of.rows[e] * d, width);
+    }
+  }
+
+  std::vector<Factor> factors;
+  std::vector<std::vector<int64_t>> longs;
+  std::vector<std::vector<float>> sums;
+  int64_t S, d;
+};
+
+constexpr int64_t LATENTS = 16;  // At a time.
+
+float length(const float* w, int64_t d) { return std::max(std::sqrt(dot(w, w, d)), 1e-12f); }
+
+// g − (g·ŵ) ŵ
+void remove_parallel(float* g, const float* w, int64_t d) {
+  const float norm = length(w, d);
+  add_scaled(g, -dot(g, w, d) / norm / norm, w, d);
+}
+
+uint16_t bf16(float x) {  // Rounded to the nearest, ties to even.
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return x != x ? 0x7FC0 : rounded;
+}
+
+// The moments of a latent that no longer fires shrink by a factor each step, to denormal numbers in
+// the end, with which arithmetic takes a hundred times as long. Within this scope they are zero.
+struct DenormalsAreZero {
+#ifdef __SSE2__
+  unsigned before = _mm_getcsr();
+  DenormalsAreZero() { _mm_setcsr(before | 0x8040); }
+  ~DenormalsAreZero() { _mm_setcsr(before); }
+#endif
+};
+
+}  // namespace
+
+extern "C" {
+
+// Of a step of Adam: what is one number for all weights.
+struct Step {
+  float new1;         // 1 − β1, from the caller: in float32, 1 − 0.999 is off by 5e-5 of itself
+  float keep2, new2;  // β2, 1 − β2
+  float size;         // lr / (1 − β1^t)
+  float root2;        // √(1 − β2^t)
+  float eps, scale;
+};
+
+void topk_bf16(const int16_t* scores, int64_t n, int64_t S, int64_t k, int32_t* out, int64_t threads) {
+  topk(scores, n, S, k, out, threads);
+}
+
+void topk_fp32(const int32_t* scores, int64_t n, int64_t S, int64_t k, int32_t* out, int64_t threads) {
+  topk(scores, n, S, k, out, threads);
+}
+
+void rescore(const float* x, const float* W, const float* b, const int32_t* candidates, int64_t n,
+             int64_t d, int64_t m, int64_t k, float* values, int32_t* indices, int64_t threads) {
+  in_parallel(n, ROWS, threads, [=](int64_t begin, int64_t end) {
+    std::vector<float> scores(m);
+    std::vector<int32_t> keys(m), best(k);
+    for (int64_t t = begin; t < end; ++t) {
+      const int32_t* row = candidates + t * m;
+      for (int64_t c = 0; c < m; ++c) {
+        prefetch_ahead(W, d, candidates, t * m + c, end * m);
+        scores[c] = dot(x + t * d, W + row[c] * d, d) + b[row[c]];
+        std::memcpy(&keys[c], &scores[c], 4);
+        keys[c] = key_of(keys[c]);
+      }
+      write_largest(keys.data(), m, k, [](int64_t c) { return c; }, best.data());
+      for (int64_t i = 0; i < k; ++i) {
+        values[t * k + i] = scores[best[i]];
+        indices[t * k + i] = row[best[i]];
+      }
+    }
+  });
+}
+
+void products(const float* x, const float* W, const int64_t* offsets, const int32_t* indices,
+              int64_t n, int64_t d, float* out, int64_t threads) {
+  in_parallel(n, ROWS, threads, [=](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t e = offsets[t]; e < offsets[t + 1]; ++e) {
+        prefetch_ahead(W, d, indices, e, offsets[end]);
+        out[e] = dot(x + t * d, W + indices[e] * d, d);
+      }
+  });
+}
+
+void decode(const float* W, const int64_t* offsets, const int32_t* indices, const float* values,
+            int64_t n, int64_t d, float* out, int64_t threads) {
+  in_parallel(n, ROWS, threads, [=](int64_t begin, int64_t end) {
+    std::fill(out + begin * d, out + end * d, 0.0f);
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t e = offsets[t]; e < offsets[t + 1]; ++e) {
+        prefetch_ahead(W, d, indices, e, offsets[end]);
+        add_scaled(out + t * d, values[e], W + indices[e] * d, d);
+      }
+  });
+}
+
+void reconstruct(const float* W, const int64_t* offsets, const int32_t* indices,
+                 const float* values, const float* wanted, int64_t n, int64_t d, float* residual,
+                 float* out, int64_t threads) {
+  in_parallel(n, ROWS, threads, [=](int64_t begin, int64_t end) {
+    std::copy(wanted + begin * d, wanted + end * d, residual + begin * d);
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t e = offsets[t]; e < offsets[t + 1]; ++e) {
+        prefetch_ahead(W, d, indices, e, offsets[end]);
+        add_scaled(residual + t * d, -values[e], W + indices[e] * d, d);
+      }
+      for (int64_t e = offsets[t]; e < offsets[t + 1]; ++e)  // The rows are still in the cache.
+        out[e] = dot(residual + t * d, W + indices[e] * d, d);
+    }
+  });
+}
+
+// A stable counting sort: each of `parts` counts its own rows, then knows where its entries go.
+void by_latent(const int64_t* offsets, const int32_t* indices, int64_t n, int64_t S,
+               int64_t* starts, int32_t* rows, int32_t* entries, int64_t threads) {
+  const int64_t parts = std::min({threads, n, int64_t{8}});  // Each has S counters.
+  std::vector<int32_t> counters(parts * S);
+  in_parallel(parts, 1, threads, [&](int64_t p, int64_t) {
+    int32_t* count = counters.data() + p * S;
+    for (int64_t e = offsets[n * p / parts]; e < offsets[n * (p + 1) / parts]; ++e)
+      ++count[indices[e]];
+  });
+  int32_t next = 0;
+  for (int64_t j = 0; j < S; ++j) {
+    starts[j] = next;
+    for (int64_t p = 0; p < parts; ++p) {
+      const int32_t count = counters[p * S + j];
+      counters[p * S + j] = next;
+      next += count;
+    }
+  }
+  starts[S] = next;
+  in_parallel(parts, 1, threads, [&](int64_t p, int64_t) {
+    int32_t* place = counters.data() + p * S;
+    for (int64_t t = n * p / parts; t < n * (p + 1) / parts; ++t)
+      for (int64_t e = offsets[t]; e < offsets[t + 1]; ++e) {
+        const int32_t to = place[indices[e]]++;
+        rows[to] = t;
+        entries[to] = e;
+      }
+  });
+}
+
+void weight_gradient(const Factor* factor, int64_t S, int64_t d, float* out, int64_t threads) {
+  const Gradient gradient(factor, 1, S, d, threads);
+  in_parallel(S, LATENTS, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) gradient.row(j, out + j * d);
+  });
+}
+
+void gradient_norm2(const Factor* factors, int64_t n_factors, const float* W, int64_t S, int64_t d,
+                    double* out, int64_t threads) {
+  const Gradient gradient(factors, n_factors, S, d, threads);
+  std::vector<double> squares(S);
+  in_parallel(S, LATENTS, threads, [&](int64_t begin, int64_t end) {
+    std::vector<float> g(d);
+    for (int64_t j = begin; j < end; ++j) {
+      gradient.row(j, g.data());
+      if (W) remove_parallel(g.data(), W + j * d, d);
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < d; ++c) sum += static_cast<double>(g[c]) * g[c];
+      squares[j] = sum;
+    }
+  });
+  *out = 0;
+  for (const double square : squares) *out += square;
+}
+
+void adam(float* W, float* exp_avg, float* exp_avg_sq, uint16_t* shadow, const Factor* factors,
+          int64_t n_factors, int64_t S, int64_t d, Step s, int64_t unit, int64_t threads) {
+  const Gradient gradient(factors, n_factors, S, d, threads);
+  in_parallel(S, LATENTS, threads, [&](int64_t begin, int64_t end) {
+    const DenormalsAreZero scope;
+    std::vector<float> row(d);
+    float* __restrict g = row.data();
+    for (int64_t j = begin; j < end; ++j) {
+      float *__restrict w = W + j * d, *__restrict m = exp_avg + j * d;
+      float* __restrict v = exp_avg_sq + j * d;
+      gradient.row(j, g);
+      if (unit) remove_parallel(g, w, d);
+#pragma omp simd
+      for (int64_t c = 0; c < d; ++c) {
+        const float grad = s.scale * g[c];
+        m[c] += s.new1 * (grad - m[c]);
+        v[c] = s.keep2 * v[c] + s.new2 * grad * grad;
+        w[c] -= s.size * m[c] / (std::sqrt(v[c]) / s.root2 + s.eps);
+      }
+      if (unit) {
+        const float norm = length(w, d);
+#pragma omp simd
+        for (int64_t c = 0; c < d; ++c) w[c] /= norm;
+      }
+      if (shadow) {
+#pragma omp simd
+        for (int64_t c = 0; c < d; ++c) shadow[j * d + c] = bf16(w[c]);
+      }
+    }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,242 @@
+"""The operations on selected latents in C++ on the CPU: float32, compiled at first use.
+
+Same functions and same results as `torch_ops`, to the rounding of float32; no gradient flows. The
+threads are torch's, and their number changes no bit. Types, shapes and contiguity are checked; that
+each index is a row of W is the caller's promise.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import BFloat16, Float, Float32, Float64, Int32, Int64
+from torch import Tensor
+
+from sae_runner.kernels._native_library import load_library
+from sae_runner.kernels.base import ByLatent, Factor
+
+
+class _Factor(ctypes.Structure):
+    """A `Factor` as native.cpp reads it."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("starts", "rows", "entries", "coefs", "dense")]
+
+
+class _Step(ctypes.Structure):
+    """What one step of Adam has in common for all weights, as native.cpp reads it."""
+
+    _fields_ = [
+        (name, ctypes.c_float)
+        for name in ("new1", "keep2", "new2", "size", "root2", "eps", "scale")
+    ]
+
+
+def available() -> bool:
+    """Whether the kernels can be used here: the first call compiles them, and says if not, why."""
+    return load_library() is not None
+
+
+def topk(scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
+    """See `Ops.topk`: ascending; of equal scores the first, and NaN only for want of numbers.
+
+    Scores are float32 or bfloat16.
+    """
+    n, d_sae = scores.shape
+    half = scores.dtype == torch.bfloat16
+    _check("scores", scores, torch.bfloat16 if half else torch.float32, (n, d_sae))
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k must lie in 1..{d_sae}, not be {k}")
+    places = torch.empty(n, k, dtype=torch.int32)
+    _call("topk_bf16" if half else "topk_fp32", scores, n, d_sae, k, places)
+    return places
+
+
+def rescore(
+    x: Float32[Tensor, "n d"],
+    W: Float32[Tensor, "d_sae d"],
+    b: Float32[Tensor, " d_sae"],
+    candidates: Int32[Tensor, "n m"],
+    k: int,
+) -> tuple[Float32[Tensor, "n k"], Int32[Tensor, "n k"]]:
+    """See `Ops.rescore`: in the order of the candidates, and chosen as by `topk`."""
+    (n, d), m = x.shape, candidates.shape[1]
+    _check("x", x, torch.float32, (n, d))
+    _check("W", W, torch.float32, (len(b), d))
+    _check("b", b, torch.float32, (len(b),))
+    _check("candidates", candidates, torch.int32, (n, m))
+    if not 1 <= k <= m:
+        raise ValueError(f"k must lie in 1..{m}, the number of candidates, not be {k}")
+    values, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int32)
+    _call("rescore", x, W, b, candidates, n, d, m, k, values, indices)
+    return values, indices
+
+
+def products(
+    x: Float32[Tensor, "n d"],
+    W: Float32[Tensor, "d_sae d"],
+    offsets: Int64[Tensor, " n_plus_1"],
+    indices: Int32[Tensor, " nnz"],
+) -> Float32[Tensor, " nnz"]:
+    """See `Ops.products`."""
+    n, d = x.shape
+    _check("x", x, torch.float32, (n, d))
+    _check("W", W, torch.float32, (len(W), d))
+    _check_selection(offsets, indices, n)
+    out = torch.empty(len(indices))
+    _call("products", x, W, offsets, indices, n, d, out)
+    return out
+
+
+def decode(
+    W: Float32[Tensor, "d_sae d"],
+    offsets: Int64[Tensor, " n_plus_1"],
+    indices: Int32[Tensor, " nnz"],
+    values: Float32[Tensor, " nnz"],
+) -> Float32[Tensor, "n d"]:
+    """See `Ops.decode`."""
+    n, d = len(offsets) - 1, W.shape[1]
+    _check("W", W, torch.float32, (len(W), d))
+    _check_selection(offsets, indices, n)
+    _check("values", values, torch.float32, (len(indices),))
+    out = torch.empty(n, d)
+    _call("decode", W, offsets, indices, values, n, d, out)
+    return out
+
+
+def reconstruct(
+    W: Float32[Tensor, "d_sae d"],
+    offsets: Int64[Tensor, " n_plus_1"],
+    indices: Int32[Tensor, " nnz"],
+    values: Float32[Tensor, " nnz"],
+    wanted: Float32[Tensor, "n d"],
+) -> tuple[Float32[Tensor, "n d"], Float32[Tensor, " nnz"]]:
+    """See `Ops.reconstruct`; the rows of W are read from memory once."""
+    n, d = wanted.shape
+    _check("wanted", wanted, torch.float32, (n, d))
+    _check("W", W, torch.float32, (len(W), d))
+    _check_selection(offsets, indices, n)
+    _check("values", values, torch.float32, (len(indices),))
+    residual, out = torch.empty(n, d), torch.empty(len(indices))
+    _call("reconstruct", W, offsets, indices, values, wanted, n, d, residual, out)
+    return residual, out
+
+
+def by_latent(
+    offsets: Int64[Tensor, " n_plus_1"], indices: Int32[Tensor, " nnz"], d_sae: int
+) -> ByLatent:
+    """See `Ops.by_latent`."""
+    n, nnz = len(offsets) - 1, len(indices)
+    _check_selection(offsets, indices, n)
+    starts = torch.empty(d_sae + 1, dtype=torch.int64)
+    rows, entries = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz, dtype=torch.int32)
+    _call("by_latent", offsets, indices, n, d_sae, starts, rows, entries)
+    return ByLatent(starts, rows, entries)
+
+
+def weight_gradient(factor: Factor, d_sae: int) -> Float32[Tensor, "d_sae d"]:
+    """See `Ops.weight_gradient`."""
+    d = factor.dense.shape[1]
+    array = _factors([factor], d_sae, d)
+    gradient = torch.empty(d_sae, d)
+    _call("weight_gradient", array, d_sae, d, gradient)
+    return gradient
+
+
+def gradient_norm2(
+    factors: Sequence[Factor], W: Float32[Tensor, "d_sae d"] | None
+) -> Float64[Tensor, ""]:
+    """See `Ops.gradient_norm2`."""
+    d_sae, d = len(factors[0].by_latent.starts) - 1, factors[0].dense.shape[1]
+    array = _factors(factors, d_sae, d)
+    if W is not None:
+        _check("W", W, torch.float32, (d_sae, d))
+    norm2 = torch.empty((), dtype=torch.float64)
+    _call("gradient_norm2", array, len(factors), W, d_sae, d, norm2)
+    return norm2
+
+
+def adam_(
+    W: Float32[Tensor, "d_sae d"],
+    exp_avg: Float32[Tensor, "d_sae d"],
+    exp_avg_sq: Float32[Tensor, "d_sae d"],
+    factors: Sequence[Factor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    scale: float | Tensor,
+    unit: bool,
+    shadow: BFloat16[Tensor, "d_sae d"] | None,
+) -> None:
+    """See `Ops.adam_`: a row is summed and used up at once, and no gradient is ever written."""
+    d_sae, d = W.shape
+    array = _factors(factors, d_sae, d)
+    written = [W, exp_avg, exp_avg_sq]
+    for name, tensor in zip(("W", "exp_avg", "exp_avg_sq"), written, strict=True):
+        _check(name, tensor, torch.float32, (d_sae, d))
+    if shadow is not None:
+        _check("shadow", shadow, torch.bfloat16, (d_sae, d))
+        written.append(shadow)
+    size, root2 = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    numbers = _Step(1 - beta1, beta2, 1 - beta2, size, root2, eps, float(scale))
+    _call("adam", W, exp_avg, exp_avg_sq, shadow, array, len(factors), d_sae, d, numbers, int(unit))
+    torch.autograd.graph.increment_version(written)
+
+
+def _call(
+    name: str, *arguments: Tensor | int | ctypes.Structure | ctypes.Array[_Factor] | None
+) -> None:
+    """Call a function of native.cpp, with the number of torch's threads as last argument."""
+    native = load_library()
+    if native is None:
+        raise RuntimeError("the native kernels are not available")
+    words = [_word(argument) for argument in (*arguments, torch.get_num_threads())]
+    getattr(native, name)(*words)
+
+
+def _word(argument: object) -> object:
+    """An argument as C takes it: tensors are pointers, integers have 64 bits."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p()
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Refuse what C++ would misread.
+
+    Raises:
+        ValueError: another type, shape, layout or device.
+    """
+    found = (tensor.dtype, tuple(tensor.shape), tensor.is_contiguous(), tensor.device.type)
+    if found != (dtype, shape, True, "cpu"):
+        layout = "contiguous" if found[2] else "not contiguous"
+        raise ValueError(
+            f"{name} must be {dtype} {list(shape)}, contiguous, on the CPU, not "
+            f"{found[0]} {list(found[1])}, {layout}, on {found[3]}"
+        )
+
+
+def _check_selection(offsets: Tensor, indices: Tensor, n: int) -> None:
+    """Refuse a selection of other types or another number of rows or entries."""
+    _check("offsets", offsets, torch.int64, (n + 1,))
+    _check("indices", indices, torch.int32, (len(indices),))
+    if offsets[-1] != len(indices):
+        raise ValueError(f"offsets end at {offsets[-1]}, and there are {len(indices)} indices")
+
+
+def _factors(factors: Sequence[Factor], d_sae: int, d: int) -> ctypes.Array[_Factor]:
+    """The factors as one array of C; they must outlive it."""
+    array = (_Factor * len(factors))()
+    for i, (by_latent, coefs, dense) in enumerate(factors):
+        nnz = len(coefs)
+        _check("starts", by_latent.starts, torch.int64, (d_sae + 1,))
+        _check("rows", by_latent.rows, torch.int32, (nnz,))
+        _check("entries", by_latent.entries, torch.int32, (nnz,))
+        _check("coefs", coefs, torch.float32, (nnz,))
+        _check("dense", dense, torch.float32, (len(dense), d))
+        array[i] = _Factor(*(t.data_ptr() for t in (*by_latent, coefs, dense)))
+    return array

@@ -1,0 +1,427 @@
+"""The C++ kernels against dense definitions in NumPy and float64, and Adam against PyTorch's."""
+
+import ctypes
+import logging
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sae_runner.kernels import _native_library, native_ops
+from sae_runner.kernels.base import Factor
+
+SHAPES = [
+    # n, d, d_sae, entries per row (mean)
+    (1, 1, 1, 1), (1, 7, 5, 3), (5, 1, 9, 4), (16, 64, 40, 8), (33, 100, 257, 12),
+    (64, 129, 30, 29), (7, 16, 3000, 0),
+]  # fmt: skip
+
+
+def load(level: str) -> ctypes.CDLL:
+    """The library for a level; the test is skipped without a compiler or such a processor."""
+    if level not in _native_library.supported_levels():
+        pytest.skip(f"this processor has no {level}")
+    if not _native_library.compiler():
+        pytest.skip("no C++ compiler in PATH")
+    return _native_library.load_level(level)
+
+
+@pytest.fixture(params=_native_library.LEVELS)
+def ops(request, monkeypatch):
+    """The operations, at each level of instructions."""
+    library = load(request.param)
+    monkeypatch.setattr(native_ops, "load_library", lambda: library)
+    return native_ops
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class Case:
+    """Random matrices and a random selection: some rows empty, latent 0 in every other row."""
+
+    def __init__(self, n: int, d: int, d_sae: int, mean: int, seed: int = 0) -> None:
+        generator = np.random.default_rng([seed, n, d, d_sae])
+        self.n, self.d, self.d_sae = n, d, d_sae
+        active = generator.random((n, d_sae)) < mean / d_sae
+        active[::3] = False
+        active[1::2, 0] = mean > 0
+        chosen = [generator.permutation(np.flatnonzero(row)) for row in active]
+        self.rows = np.repeat(np.arange(n), [len(row) for row in chosen])
+        self.columns = np.concatenate(chosen)
+        self.offsets = torch.tensor([0, *np.cumsum([len(row) for row in chosen])])
+        self.indices = torch.tensor(self.columns, dtype=torch.int32)
+        draw = lambda *shape: torch.tensor(generator.standard_normal(shape), dtype=torch.float32)  # noqa: E731
+        self.x, self.W, self.b = draw(n, d), draw(d_sae, d), draw(d_sae)
+        self.values = draw(len(self.columns))
+
+    def dense(self, values: torch.Tensor) -> np.ndarray:
+        acts = np.zeros((self.n, self.d_sae))
+        acts[self.rows, self.columns] = values.double().numpy()
+        return acts
+
+    def factor(self, ops) -> Factor:
+        return Factor(ops.by_latent(self.offsets, self.indices, self.d_sae), self.values, self.x)
+
+    def gradient(self) -> np.ndarray:
+        return self.dense(self.values).T @ self.x.double().numpy()
+
+
+def close(found: torch.Tensor, wanted: np.ndarray, rtol: float = 1e-5) -> None:
+    scale = np.abs(wanted).max(initial=1e-30)
+    np.testing.assert_allclose(found.double().numpy(), wanted, rtol=0, atol=rtol * scale)
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def case(request) -> Case:
+    return Case(*request.param)
+
+
+# -- The k largest ---------------------------------------------------------------------------------
+
+
+def best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Sorted places of the k largest of each row: NaN last, and of equal ones the first."""
+    ranked = np.where(np.isnan(scores), -np.inf, scores)
+    order = np.lexsort(
+        (np.broadcast_to(np.arange(scores.shape[1]), scores.shape), np.isnan(scores), -ranked)
+    )
+    return np.sort(order[:, :k])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("n", "d_sae", "k"),
+    [(1, 1, 1), (3, 5, 5), (4, 100, 7), (3, 5000, 1), (5, 5000, 48), (3, 2049, 256), (2, 3000, 700),
+     (2, 3000, 3000), (40, 777, 776)],
+)  # fmt: skip
+def test_topk(ops, n, d_sae, k, dtype):
+    generator = torch.Generator().manual_seed(n * d_sae + k)
+    scores = torch.randn(n, d_sae, generator=generator).to(dtype)
+    np.testing.assert_array_equal(ops.topk(scores, k).numpy(), best(scores.double().numpy(), k))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("d_sae", [90, 5000])
+def test_topk_of_odd_rows(ops, d_sae, dtype):
+    k, nan, inf = 40, float("nan"), float("inf")
+    scores = torch.randn(9, d_sae, generator=torch.Generator().manual_seed(0))
+    scores[0] = 1.5
+    scores[1] = -2.0
+    scores[2] = nan
+    scores[3, ::2] = nan
+    scores[4] = nan
+    scores[4, 7:37] = -inf  # Fewer numbers than k.
+    scores[5] = scores[5].round()  # Many ties.
+    scores[6] = scores[6].relu()
+    scores[7, :50], scores[7, 50:] = inf, -inf
+    scores[8] = -scores[8].abs()
+    scores = scores.to(dtype)
+    scores[3, 1:18:6] = -scores[3, 0]  # NaN with the other sign.
+    np.testing.assert_array_equal(ops.topk(scores, k).numpy(), best(scores.double().numpy(), k))
+
+
+def test_topk_of_equal_rows_beyond_16_bits(ops):
+    """As many ties as an int16 cannot count."""
+    scores = torch.zeros(2, 70_000, dtype=torch.bfloat16)
+    scores[1, 66_000] = 1
+    assert ops.topk(scores, 3).tolist() == [[0, 1, 2], [0, 1, 66_000]]
+    assert ops.topk(scores, 40_000)[1].tolist() == [*range(39_999), 66_000]
+
+
+def test_rescore(ops):
+    generator = torch.Generator().manual_seed(1)
+    x, W = (torch.randn(n, 37, generator=generator) for n in (19, 60))
+    b = torch.randn(60, generator=generator)
+    candidates = torch.stack([torch.randperm(60, generator=generator)[:11] for _ in range(19)])
+    values, indices = ops.rescore(x, W, b, candidates.int(), 6)
+    scores = x.double().numpy() @ W.double().numpy().T + b.double().numpy()
+    places = candidates.numpy()
+    for t in range(19):
+        wanted = places[t][np.argsort(-scores[t, places[t]])[:6]]
+        assert set(indices[t].tolist()) == set(wanted.tolist())
+    close(values, np.take_along_axis(scores, indices.long().numpy(), 1))
+    values, indices = ops.rescore(x, W, b, candidates.int(), 11)
+    np.testing.assert_array_equal(indices.numpy(), places)
+    x[3] = float("nan")
+    W[places[4, 0]] = float("nan")
+    values, indices = ops.rescore(x, W, b, candidates.int(), 10)
+    assert len(set(indices[3].tolist())) == 10 and values[3].isnan().all()
+    assert places[4, 0] not in indices[4]
+
+
+# -- Rows of the batch -----------------------------------------------------------------------------
+
+
+def test_products(ops, case):
+    scores = case.x.double().numpy() @ case.W.double().numpy().T
+    found = ops.products(case.x, case.W, case.offsets, case.indices)
+    close(found, scores[case.rows, case.columns])
+
+
+def test_decode(ops, case):
+    found = ops.decode(case.W, case.offsets, case.indices, case.values)
+    close(found, case.dense(case.values) @ case.W.double().numpy())
+
+
+def test_reconstruct(ops, case):
+    residual, products = ops.reconstruct(case.W, case.offsets, case.indices, case.values, case.x)
+    W = case.W.double().numpy()
+    wanted = case.x.double().numpy() - case.dense(case.values) @ W
+    close(residual, wanted)
+    close(products, (wanted @ W.T)[case.rows, case.columns], rtol=3e-5)
+
+
+# -- Rows of the weights ---------------------------------------------------------------------------
+
+
+def test_by_latent(ops, case, threads):
+    order = np.argsort(case.columns, kind="stable")
+    counts = np.bincount(case.columns, minlength=case.d_sae)
+    starts, rows, entries = ops.by_latent(case.offsets, case.indices, case.d_sae)
+    np.testing.assert_array_equal(starts.numpy(), [0, *np.cumsum(counts)])
+    np.testing.assert_array_equal(rows.numpy(), case.rows[order])
+    np.testing.assert_array_equal(entries.numpy(), order)
+
+
+def test_weight_gradient(ops, case):
+    close(ops.weight_gradient(case.factor(ops), case.d_sae), case.gradient())
+
+
+def frequent(ops) -> tuple[Case, Factor]:
+    """A latent with more entries than one thread should sum alone."""
+    case = Case(4500, 70, 6, 2)
+    assert len(case.rows[case.columns == 0]) > 2048
+    return case, case.factor(ops)
+
+
+def test_gradient_of_a_frequent_latent(ops, threads):
+    case, factor = frequent(ops)
+    close(ops.weight_gradient(factor, 6), case.gradient(), rtol=1e-4)
+
+
+def parts(ops, case) -> tuple[list[Factor], np.ndarray]:
+    """Two factors, the second of which leaves most latents out, and the sum of their gradients."""
+    few = Case(case.n + 3, case.d, case.d_sae, 1, seed=1)
+    return [case.factor(ops), few.factor(ops)], case.gradient() + few.gradient()
+
+
+def without_parallel(g: np.ndarray, W: np.ndarray) -> np.ndarray:
+    direction = W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-12)
+    return g - (g * direction).sum(1, keepdims=True) * direction
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_gradient_norm(ops, case, unit):
+    factors, gradient = parts(ops, case)
+    wanted = without_parallel(gradient, case.W.double().numpy()) if unit else gradient
+    found = ops.gradient_norm2(factors, case.W if unit else None)
+    assert found.dtype == torch.float64 and found.shape == ()
+    # With d = 1 nothing is orthogonal to a row.
+    floor = 1e-10 * (gradient**2).sum()
+    assert found.item() == pytest.approx((wanted**2).sum(), rel=1e-5, abs=floor)
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("shape", [(33, 100, 257, 12), (5, 3, 9, 4), (7, 16, 300, 0)], ids=str)
+def test_adam_is_pytorchs(ops, shape, unit, shadow):
+    case = Case(*shape)
+    numbers = {"lr": 0.02, "eps": 1e-5}
+    expected = torch.nn.Parameter(case.W.double())
+    optimizer = torch.optim.Adam([expected], betas=(0.8, 0.95), **numbers)
+    W, m, v = case.W.clone(), torch.zeros_like(case.W), torch.zeros_like(case.W)
+    copy = torch.zeros_like(W, dtype=torch.bfloat16) if shadow else None
+    for step in range(1, 6):
+        now = Case(*shape, seed=step)
+        factors, gradient = parts(ops, now)
+        expected.grad = torch.tensor(gradient)
+        if unit:
+            with torch.no_grad():
+                expected.grad = torch.tensor(without_parallel(gradient, expected.detach().numpy()))
+        expected.grad.mul_(0.3)
+        optimizer.step()
+        if unit:
+            with torch.no_grad():
+                expected.div_(expected.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        ops.adam_(
+            W, m, v, factors, beta1=0.8, beta2=0.95, step=step, scale=0.3, unit=unit, shadow=copy,
+            **numbers,
+        )  # fmt: skip
+        close(W, expected.detach().numpy(), rtol=2e-5)
+    state = optimizer.state[expected]
+    close(m, state["exp_avg"].numpy(), rtol=2e-5)
+    close(v, state["exp_avg_sq"].numpy(), rtol=2e-5)
+    if copy is not None:
+        assert torch.equal(copy, W.bfloat16())
+
+
+def adam(ops, W, m, v, factors, step=1, scale=1.0, unit=False, shadow=None) -> None:
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    ops.adam_(W, m, v, factors, step=step, scale=scale, unit=unit, shadow=shadow, **numbers)
+
+
+def test_adam_of_odd_rows(ops):
+    """A decoder row of zeros stays finite, and a NaN stays in its row and in the shadow."""
+    case = Case(16, 64, 40, 8)
+    case.W[3] = 0
+    case.W[5, 2] = float("nan")
+    zeros = torch.zeros_like(case.W)
+    shadow = zeros.bfloat16()
+    adam(ops, case.W, zeros.clone(), zeros.clone(), [case.factor(ops)], unit=True, shadow=shadow)
+    assert case.W[5].isnan().all() and torch.equal(shadow.isnan(), case.W.isnan())
+    others = case.W[torch.arange(40) != 5]
+    assert others.isfinite().all()
+    close(others.norm(dim=1), np.ones(39))
+
+
+def test_moments_of_an_idle_latent_end_at_zero(ops):
+    """Denormal numbers would make every later step many times slower."""
+    case = Case(7, 16, 300, 0)
+    tiny = torch.full_like(case.W, 1e-39)
+    before = case.W.clone()
+    v = torch.full_like(tiny, 1e-39)
+    adam(ops, case.W, tiny, v, [case.factor(ops)])
+    if platform.machine() == "x86_64":
+        assert not tiny.any() and not v.any()
+    assert torch.equal(case.W, before)
+    assert torch.tensor(1e-39) * 1 > 0  # This thread's own arithmetic is as it was.
+
+
+def test_writing_in_place_is_seen_by_autograd(ops):
+    case = Case(5, 3, 9, 4)
+    tensors = [case.W, torch.zeros(9, 3), torch.zeros(9, 3), torch.zeros(9, 3).bfloat16()]
+    before = [tensor._version for tensor in tensors]
+    adam(ops, *tensors[:3], [case.factor(ops)], shadow=tensors[3])
+    assert all(t._version > old for t, old in zip(tensors, before, strict=True))
+
+
+# -- The same bits ---------------------------------------------------------------------------------
+
+
+def test_the_number_of_threads_changes_no_bit(ops):
+    case, factor = frequent(ops)
+
+    def everything() -> list[torch.Tensor]:
+        W, m, v = case.W.clone(), torch.zeros_like(case.W), torch.zeros_like(case.W)
+        adam(ops, W, m, v, [factor], unit=True)
+        return [
+            W, m, v, ops.weight_gradient(factor, 6), ops.gradient_norm2([factor, factor], case.W),
+            *ops.reconstruct(case.W, case.offsets, case.indices, case.values, case.x),
+            ops.topk(case.x, 9), ops.decode(case.W, case.offsets, case.indices, case.values),
+            *ops.by_latent(case.offsets, case.indices, 6),
+        ]  # fmt: skip
+
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5, 2):
+        torch.set_num_threads(threads)
+        found.append(everything())
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+# -- What is refused -------------------------------------------------------------------------------
+
+
+def test_wrong_tensors_are_refused(ops):
+    case = Case(5, 3, 9, 4)
+    with pytest.raises(ValueError, match=r"scores must be torch.float32 \[9, 3\], contiguous"):
+        ops.topk(case.W.double(), 2)
+    with pytest.raises(ValueError, match=r"exp_avg must be torch.float32 \[9, 3\]"):
+        adam(ops, case.W, torch.zeros(3, 9).T, case.W, [case.factor(ops)])
+    with pytest.raises(ValueError, match=r"starts must be torch.int64 \[9\]"):
+        ops.weight_gradient(case.factor(ops), 8)
+    with pytest.raises(ValueError, match="not contiguous"):
+        ops.topk(case.W.T, 2)
+    with pytest.raises(ValueError, match="offsets end at"):
+        ops.by_latent(case.offsets[:-2], case.indices, 9)
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.3, not be 4"):
+        ops.topk(case.W, 4)
+
+
+# -- Compiling -------------------------------------------------------------------------------------
+
+
+compiles = pytest.mark.skipif(not _native_library.compiler(), reason="no C++ compiler in PATH")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path, caplog):
+    """As in a new home: nothing compiled, nothing loaded."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(_native_library, "supported_levels", lambda: ["portable"])
+    caplog.set_level(logging.INFO)
+    _native_library.load_library.cache_clear()
+    yield tmp_path
+    _native_library.load_library.cache_clear()
+
+
+@compiles
+def test_compiled_once_and_said_once(fresh, caplog):
+    assert native_ops.available() and native_ops.available()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and said[0].startswith("compiling") and " s: " in said[1]
+    found = [path.suffix for path in fresh.rglob("*") if path.is_file()]
+    assert found == [".so"]  # Nothing else is left behind.
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (None, "no C++ compiler"),
+        ("echo 'x.cpp:1: error: no OpenMP' >&2; exit 1", "error: no OpenMP"),
+        ("exit 3", "exit code 3"),
+        ("shift; for last; do :; done; echo junk > $last", "file too short"),
+    ],
+)
+def test_without_a_working_compiler_it_is_said_in_one_line(
+    fresh, caplog, monkeypatch, script, reason
+):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(fresh))
+    if script is not None:
+        fake = fresh / "c++"
+        fake.write_text(f"#!/bin/sh\n{script}\n")
+        fake.chmod(0o755)
+    assert not native_ops.available() and not native_ops.available()
+    (said,) = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
+    assert reason in said and "\n" not in said
+
+
+@compiles
+def test_a_folder_that_cannot_be_made_is_no_error(fresh, caplog):
+    (fresh / "extensions").write_text("a file")
+    assert not native_ops.available()
+    assert "extensions" in caplog.messages[-1] and "\n" not in caplog.messages[-1]
+
+
+@compiles
+def test_a_file_that_does_not_load_is_compiled_again(fresh):
+    path = _native_library.library_path("portable")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x7fELF cut off")
+    assert native_ops.available()
+
+
+@compiles
+def test_many_may_compile_at_once(fresh):
+    """Each process ends with a library that works."""
+    code = (
+        "import torch; from sae_runner.kernels import native_ops as ops;"
+        "print(ops.topk(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist())"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [p.communicate(timeout=300)[0].strip() for p in processes] == ["[[1, 2]]"] * 2
