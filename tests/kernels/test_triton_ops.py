@@ -136,7 +136,8 @@ def test_topk_of_neighbours(device, dtype, sign):
     """Numbers that differ in their last bit; and a row ends where the next one begins."""
     integers = torch.int16 if dtype == torch.bfloat16 else torch.int32
     bits = sign * torch.tensor(1.5, dtype=dtype)
-    scores = (bits.view(integers) - torch.randperm(3000).to(integers)).view(dtype).repeat(2, 1)
+    below = torch.stack([torch.randperm(3000) for _ in range(4)]).to(integers)
+    scores = (bits.view(integers) - below).view(dtype)
     scores[0, 952:962] = 3  # Of the same groups as what would be places 3000 to 3009.
     scores[1, :10] = 5
     ordered = scores.float().sort(descending=True).values
