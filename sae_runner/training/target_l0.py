@@ -19,6 +19,8 @@ SMOOTHING = 0.2
 """Weight of the last batch in the mean error."""
 DESCENT = 0.25
 """Share of training in which the L0 that is aimed at comes down to the target."""
+MOST_DESCENDING = 1.0
+"""Bound of the gain in that time."""
 FARTHEST = 10.0
 """Of log λ from the configured coefficient: a factor of 22,000 either way."""
 N_COMPARED, N_LATEST = 16, 8
@@ -42,7 +44,9 @@ class TargetL0:
     later: a gain of 1 makes it swing, once in twenty steps. Thresholds of a JumpReLU SAE take
     hundreds of steps, and the λ that they need falls all the while: with a gain of 1 they come too
     late. So the gain grows while the mean error keeps its sign, and is cut when it changes: it
-    settles where it changes every 18 steps, or at a bound.
+    settles where it changes every 18 steps, or at a bound. While the aim comes down the bound is
+    lower: to follow it closely takes a λ many times that of the end, before latents have learned
+    what to fire for, and many of them never fire again.
 
     What is asked for is the L0 of held-out rows. Rows that are seen often have another one, so the
     aim is moved by what lies between the two. The integral goes on at full pace while the learning
@@ -84,7 +88,8 @@ class TargetL0:
         off += self.apart - self.start * max(0.0, 1 - progress / DESCENT)
         mean_off = self.mean_off + SMOOTHING * (off - self.mean_off)
         change = GROWTH if mean_off * self.mean_off >= 0 else CUT
-        self.gain = max(LEAST, min(MOST, self.gain * change))
+        most = MOST_DESCENDING if progress < DESCENT else MOST
+        self.gain = max(LEAST, min(most, self.gain * change))
         self.mean_off = mean_off
         self.push = max(-1.0, min(1.0, self.gain * off))
         kept = INTEGRAL * max(-1.0, min(1.0, (1 + self.gain) * off))

@@ -126,6 +126,15 @@ def test_the_gain_grows_with_a_lasting_error_and_is_cut_where_it_turns():
     assert control.gain == 0.1
 
 
+def test_the_gain_is_bounded_while_the_aim_comes_down():
+    """What lags behind is not chased: λ is not yet that of the end."""
+    control = TargetL0(10)
+    for progress, most in ((0.0, 1), (0.99 * DESCENT, 1), (DESCENT, 6), (0.9, 6)):
+        for _ in range(500):
+            control.update(1_000, progress)
+        assert control.gain == most
+
+
 @pytest.mark.parametrize("ratio", [0.9, 1.0, 1.1])
 def test_it_is_held_out_rows_that_end_at_the_target(ratio):
     plant, control, n = Plant(40), TargetL0(8), 1_000
