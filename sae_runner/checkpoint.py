@@ -37,23 +37,23 @@ def save_checkpoint(
     *,
     state: dict[str, Any] | None = None,
     optimizer: dict[str, Tensor] | None = None,
-    inference: SAE | None = None,
+    used: SAE | None = None,
     fold: bool = True,
 ) -> None:
     """Write a checkpoint folder atomically.
 
     Args:
         folder: `checkpoints/step_N`.
-        sae: the SAE in training; a folded copy is what `sae.safetensors` holds.
+        sae: the SAE in training, which stays as it is.
         facts: step, rows seen and origin, kept in cfg.json.
         state: JSON that a resume needs; None leaves `state/` out.
         optimizer: tensors that a resume needs.
-        inference: what to fold in place of `sae` (averaged weights, a threshold that is measured).
+        used: what `sae.safetensors` holds, folded in place; None for a copy of `sae`.
         fold: False keeps the latents of an SAE that is in raw units already as they are.
     """
     with files.atomic(folder) as temporary:
         temporary.mkdir()
-        used = copy.deepcopy(inference or sae)
+        used = copy.deepcopy(sae) if used is None else used
         folded = used.fold() if fold else used
         files.write_tensors(temporary / "sae.safetensors", folded.tensors())
         hashes = {"sae.safetensors": files.sha256(temporary / "sae.safetensors")}

@@ -267,6 +267,14 @@ class SAE(Weights):
         """The pre-activation above which each of these latents fires."""
         return self.b_enc.new_zeros(len(latents))
 
+    def settle(self, progress: float) -> None:
+        """Become what it is for use when this share of training is done.
+
+        Of what comes to its value by a schedule, such as k, it takes the value of that moment, and
+        says so in `config`. Called on the copy that is saved, before `calibrate`.
+        """
+        return
+
     def calibrate(self, batches: Iterator[Float[Tensor, "n d_in"]], n_rows: int) -> float:
         """Set what inference needs and training does not, from held-out rows; their mean L0 then.
 

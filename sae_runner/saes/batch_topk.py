@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_runner.config import Fraction, PositiveFloat
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE, Common, Latents, Loss, TrainState
-from sae_runner.saes.topk import annealed, k_or_target
+from sae_runner.saes.topk import annealed, k_or_target, with_k
 
 
 @SAES.register("batch_topk")
@@ -84,6 +84,11 @@ class BatchTopK(SAE):
         """The loss of a batch, given the latents that were selected."""
         fired = torch.bincount(latents.indices, minlength=self.d_sae)
         return self.loss_of(x, scaled, self.decode_scaled(latents), fired)
+
+    def settle(self, progress: float) -> None:
+        """See `SAE.settle`."""
+        self.k = annealed(self.k, self.k_start, self.k_anneal, progress)
+        self.options = with_k(self.options, self.k)
 
     # -- The threshold ---------------------------------------------------------------------------
 

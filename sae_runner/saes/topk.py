@@ -1,6 +1,6 @@
 """TopK SAE (Gao et al. 2024, arXiv 2406.04093), with GroupMax and AbsTopK as other selections."""
 
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from jaxtyping import Float, Int64
@@ -102,6 +102,11 @@ class TopK(SAE):
         fired = torch.bincount(indices[values != 0], minlength=self.d_sae)
         return self.loss_of(x, target, x_hat, fired, **terms)
 
+    def settle(self, progress: float) -> None:
+        """See `SAE.settle`."""
+        self.k = round(annealed(self.k, self.k_start, self.k_anneal, progress))
+        self.options = with_k(self.options, self.k)
+
     def scaled_target(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n d_out"]:
         """What a reconstruction is compared with."""
         return self.scaled(x)
@@ -136,6 +141,12 @@ def k_or_target(d_in: int, k: float, k_start: float | None, common: Common) -> f
         if number is not None and number > n_latents:
             raise ConfigError(f"sae.{key}={number:g}: must be <= d_sae={n_latents}")
     return chosen
+
+
+def with_k(options: dict[str, Any], k: float) -> dict[str, Any]:
+    """`options` with another k, under both of its names."""
+    names = ["k", *(["target_l0"] if options["target_l0"] is not None else [])]
+    return options if k == options["k"] else {**options, **dict.fromkeys(names, k)}
 
 
 def annealed(k: float, start: float | None, share: float, progress: float) -> float:

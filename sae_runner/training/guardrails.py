@@ -121,7 +121,7 @@ class Guardrails:
         Args:
             step: the last.
             l0: of its batch, in training.
-            used: what is saved for use, before it is folded.
+            used: what is saved for use.
             x: that batch, or its last part.
         """
         target = used.target_l0

@@ -19,8 +19,8 @@ def intervene(trainer: "Trainer") -> None:
     seed = trainer.data_seed + RESAMPLE_SEED + trainer.step
     generator = torch.Generator().manual_seed(trainer.seed + seed)
     dead = trainer.dead.dead
-    if trainer.sae.calibrates:  # Now, whenever it was last saved: what is drawn rests on its map.
-        trainer.calibrate(trainer.sae)
+    if trainer.calibration is not None:  # Now: what is drawn rests on what fires.
+        trainer.calibration.measure(trainer.sae, on_all=True)
     trainer.dead.intervene(epoch(trainer, seed), trainer.optimizer, generator)
     trainer.sae.after_step()
     if trainer.averaged is not None:

@@ -25,7 +25,7 @@ def save(trainer: "Trainer", wait_s: float) -> None:
         return
     trainer.guardrails.check_weights(trainer.step)
     last = trainer.step == trainer.options.n_steps
-    used = trainer.for_inference()
+    used = trainer.for_inference(is_kept=last or trainer.step in trainer.keep_at)
     trainer.used = used if last else trainer.sae
     trainer.journal.timings(trainer.step, wait_s)
     trainer.journal.flush()  # On disk before the step they reach to.
@@ -37,7 +37,7 @@ def save(trainer: "Trainer", wait_s: float) -> None:
         {**trainer.facts, "step": trainer.step, "n_tokens": n_tokens},
         state=state_of(trainer) if keep_state else None,
         optimizer=tensors_of(trainer) if keep_state else None,
-        inference=used,
+        used=used,
     )
     kept = trainer.keep_at | {trainer.step}
     if not last:

@@ -23,6 +23,7 @@ from sae_runner.store.activations import Activations, Batch, Position
 from sae_runner.store.inputs import InputBatch
 from sae_runner.store.prefetch import Prefetched
 from sae_runner.training import saving, schedules
+from sae_runner.training.calibration import Calibration
 from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.dead_latents.base import DeadLatents
 from sae_runner.training.ema import AveragedWeights
@@ -84,6 +85,7 @@ class Trainer:
                 "sae/dead_latents=resample: reads training rows again, which a stream in order "
                 "cannot give; use store=disk"
             )
+        self.calibration = Calibration(store, options) if sae.calibrates else None
         self.target_l0 = TargetL0(sae.target_l0) if sae.penalised and sae.target_l0 else None
         self.step, self.position = 0, Position()
         self.mean = torch.zeros(sae.d_out, device=device)
@@ -158,6 +160,8 @@ class Trainer:
         # Before anything is read ahead: a stream is read front to back.
         mean = self.store.stats(1).mean.to(self.device)
         self.mean = self.sae.target_of(mean.unsqueeze(0))[0]
+        if self.calibration is not None:
+            self.calibration.begin()
         if self.target_l0 is not None:
             self.target_l0.read(self.store, self.options.n_tokens)
         self.journal.begin(self.step)
@@ -274,18 +278,16 @@ class Trainer:
         minutes = self.options.save_every
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
-    def for_inference(self) -> SAE:
-        """A copy of the SAE as it is to be used: averaged, with its threshold measured."""
-        sae = copy.deepcopy(self.sae) if self.averaged is None else self.averaged.applied(self.sae)
-        if sae.calibrates:
-            self.calibrate(sae)
-        return sae
+    def for_inference(self, *, is_kept: bool = False) -> SAE:
+        """A copy of the SAE as it is to be used: averaged, k of this step, a measured threshold.
 
-    def calibrate(self, sae: SAE) -> float:
-        """Measure the threshold of `sae` on held-out rows; their mean L0 with it."""
-        n = self.options.n_calibration
-        heldout = self.store.rows("heldout", self.options.batch_size, n)
-        return sae.calibrate((rows.x.to(self.device) for rows in heldout), n)
+        `is_kept` measures it on all rows that `n_calibration` asks for.
+        """
+        sae = copy.deepcopy(self.sae) if self.averaged is None else self.averaged.applied(self.sae)
+        sae.settle(self.step / self.options.n_steps)
+        if self.calibration is not None:
+            self.calibration.measure(sae, on_all=is_kept)
+        return sae
 
     def save(self, wait_s: float = 0.0) -> None:
         """Write a checkpoint, then remove those that neither `checkpoints` nor a resume needs.

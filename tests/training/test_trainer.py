@@ -13,7 +13,7 @@ import torch
 
 from sae_runner.checkpoint import load_sae, load_state, read_facts, step_dirs
 from sae_runner.errors import ConfigError, DataError, Interrupted, StoreError
-from sae_runner.saes.base import TrainState
+from sae_runner.saes.base import SAE, TrainState
 from sae_runner.training import schedules
 from sae_runner.training.trainer import Trainer
 
@@ -563,6 +563,24 @@ def test_saves_are_quiet(trainer, caplog):
     with caplog.at_level(logging.INFO):
         trainer("relu", save_every=0).run()
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"kind": "batch_topk"}], ids=str)
+def test_a_save_copies_the_sae_once(trainer, options, monkeypatch):
+    """At 65,536 latents each copy is half a gigabyte."""
+    copied, deepcopy = [], copy.deepcopy
+    run = trainer(**options)
+    run.begin()
+    run.take_step(run.store.x[:32])
+
+    def counted(x, memo=None):
+        if isinstance(x, SAE):
+            copied.append(x)
+        return deepcopy(x, memo)
+
+    monkeypatch.setattr(copy, "deepcopy", counted)
+    run.save()
+    assert copied == [run.sae]
 
 
 def test_a_step_is_saved_once_and_the_one_before_stays(trainer):
