@@ -10,7 +10,8 @@ def origin(pipeline: Pipeline, store: Activations) -> dict[str, Any]:
     """Whose activations a checkpoint is trained on."""
     if isinstance(store, ActivationStore):
         source = store.source
-        model, dataset = source["model"], source["dataset"]
+        n_bad = source["dataset"].get("n_unreadable", 0) + len(store.manifest["unreadable"])
+        model, dataset = source["model"], {**source["dataset"], "n_unreadable": n_bad}
         where = str(store.folder)
     else:
         model = {"name": pipeline.choices["model"], "fingerprint": pipeline.model.fingerprint(),

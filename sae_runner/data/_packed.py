@@ -110,7 +110,7 @@ class PackedText(Dataset):
 
     Raises:
         DataError: a split has too little text for one row; or more documents are unreadable than
-            `source.max_bad` allows (none, where it does not say).
+            `source.max_bad` allows.
     """
 
     modality = "tokens"
@@ -129,7 +129,7 @@ class PackedText(Dataset):
                 self._write(source, encode)
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
         n_bad = self.manifest["n_unreadable"]  # Rows may have been packed under another limit.
-        refuse_bad(n_bad, sum(self.manifest["n_documents"].values()) + n_bad, max_bad_of(source))
+        refuse_bad(n_bad, sum(self.manifest["n_documents"].values()) + n_bad, source.max_bad)
         self.rows = mapped(self.folder / "tokens.safetensors")
 
     def _write(self, source: Dataset, encode: Encode) -> None:
@@ -182,12 +182,6 @@ class PackedText(Dataset):
         return super().describe() | packing | {"packed_from": self.manifest["source"]}
 
 
-def max_bad_of(source: Dataset) -> float:
-    """The share of a corpus's documents that may be unreadable; none where it does not say."""
-    limit: float = getattr(source, "max_bad", 0.0)
-    return limit
-
-
 def mapped(path: Path) -> dict[Split, torch.Tensor]:
     """Both splits' rows; pages of the file come in as they are read."""
     from safetensors import safe_open
@@ -211,7 +205,7 @@ def fill(packers: Mapping[Split, Packer], source: Dataset, encode: Encode) -> li
         part = slice(start, start + DOCUMENTS_AT_ONCE)
         loaded = list(zip(source.load(ids[part]), held[part], strict=True))
         unreadable += [example for example, _ in loaded if isinstance(example, Unreadable)]
-        refuse_bad(len(unreadable), len(ids), max_bad_of(source), *unreadable[:1])
+        refuse_bad(len(unreadable), len(ids), source.max_bad, *unreadable[:1])
         good = [(example, h) for example, h in loaded if isinstance(example, Example)]
         tokens = encode([example.value for example, _ in good])
         for row, (_, h) in zip(tokens, good, strict=True):

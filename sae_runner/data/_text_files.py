@@ -14,6 +14,8 @@ from sae_runner.data._sources import content_hash
 from sae_runner.errors import DataError
 
 SUFFIXES = frozenset({".txt", ".jsonl", ".json", ".csv", ".tsv"})
+TEXT_NAMES = ("text", "sentence", "content", "document", "review", "body", "question", "abstract")
+LABEL_NAMES = ("label", "labels", "class", "target", "sentiment", "category")
 
 Record = Mapping[str, Any]
 
@@ -27,11 +29,13 @@ class TextFiles:
 
     Args:
         files: all of one suffix.
-        columns: names of the fields of .csv and .tsv; None if the first line has them.
+        columns: names of the fields of .csv and .tsv; None if the first line has them. A first line
+            that has these names too, in any order and among others, is no record.
         where: how messages begin.
 
     Raises:
-        DataError: nothing in the files, other formats, or fields that do not fit `columns`.
+        DataError: nothing in the files, other formats, fields that do not fit `columns`, or a first
+            line with other names.
     """
 
     def __init__(self, files: Sequence[Path], columns: Sequence[str] | None, where: str) -> None:
@@ -39,7 +43,8 @@ class TextFiles:
         if len(suffixes) != 1 or suffixes[0] not in SUFFIXES:
             raise DataError(f"{where}: {', '.join(suffixes)} files are not read together")
         self.suffix, self.where = suffixes[0], where
-        self.columns = list(columns) if columns is not None else None
+        self.given = list(columns) if columns is not None else None
+        self.columns: dict[int, list[str]] = {}  # Of each file.
         self.maps: list[mmap.mmap] = []
         self.spans: list[tuple[int, int, int]] = []  # File, first and last byte of each record.
         for file in files:
@@ -47,7 +52,8 @@ class TextFiles:
         if not self.spans:
             raise DataError(f"{where}: no examples in it")
         self.identity = {
-            "files": content_hash(files, files[0].parent), "columns": self.columns,
+            "files": content_hash(files, files[0].parent),
+            "columns": self.given or next(iter(self.columns.values()), None),
         }  # fmt: skip
 
     def __len__(self) -> int:
@@ -60,7 +66,7 @@ class TextFiles:
             ValueError: it cannot be parsed (encoding and JSON errors are ValueErrors too).
         """
         number, start, stop = self.spans[i]
-        return self._parse(self.maps[number][start:stop].decode())
+        return self._parse(self.maps[number][start:stop].decode(), number)
 
     def first(self, n: int) -> list[Record]:
         """The first readable records, `n` of them at most, of the first 10 n."""
@@ -89,17 +95,34 @@ class TextFiles:
             )
         spans = list(_records(content, quoted=self.suffix == ".csv"))
         if self.suffix in (".csv", ".tsv") and spans:
-            header = self._fields(content[slice(*spans[0])].decode(errors="replace"))
-            if self.columns is None:
-                self.columns = header
-            elif len(header) != len(self.columns):
-                raise DataError(
-                    f"dataset.columns={','.join(self.columns)}: the first line of {file} has "
-                    f"{len(header)} fields"
-                )
-            if header == self.columns:
-                spans = spans[1:]
+            first = self._fields(content[slice(*spans[0])].decode(errors="replace"))
+            names = self._names(first, file)
+            self.columns[number] = names or self.given or []
+            spans = spans[1:] if names else spans
         self.spans += [(number, start, stop) for start, stop in spans]
+
+    def _names(self, first: list[str], file: Path) -> list[str] | None:
+        """The names of the fields, if the first line of a file has them; else it is a record."""
+        if self.given is None:
+            if set(first) != set(next(iter(self.columns.values()), first)):
+                raise DataError(
+                    f"{self.where}: the first line of {file} has other names than the file before: "
+                    f"{', '.join(first)}"
+                )
+            return first
+        wanted = {name.lower(): name for name in self.given}
+        found = [name.strip().lower() for name in first]
+        if wanted.keys() <= set(found):
+            return [wanted.get(key, name) for key, name in zip(found, first, strict=True)]
+        where = f"dataset.columns={','.join(self.given)}: the first line of {file} has"
+        if set(found) <= {*wanted, *TEXT_NAMES, *LABEL_NAMES}:
+            raise DataError(
+                f"{where} other names: {', '.join(first)}; set dataset.columns=null, "
+                "dataset.text_column and dataset.label_column"
+            )
+        if len(first) != len(self.given):
+            raise DataError(f"{where} {len(first)} fields; null takes names from there")
+        return None
 
     def _fields(self, text: str) -> list[str]:
         text = text.rstrip("\r\n")
@@ -107,7 +130,7 @@ class TextFiles:
             return text.split("\t")
         return next(csv.reader(text.splitlines(keepends=True), strict=True))
 
-    def _parse(self, text: str) -> Record:
+    def _parse(self, text: str, number: int) -> Record:
         if self.suffix == ".txt":
             return {"text": text.replace("\r\n", "\n")}
         if self.suffix in (".jsonl", ".json"):
@@ -119,7 +142,7 @@ class TextFiles:
             fields = self._fields(text)
         except csv.Error as error:
             raise ValueError(str(error)) from None
-        columns = self.columns or []
+        columns = self.columns[number]
         if len(fields) != len(columns):
             raise ValueError(f"{len(fields)} fields, not {len(columns)}")
         return dict(zip(columns, fields, strict=True))

@@ -7,14 +7,12 @@ from typing import Any
 
 from sae_runner.data._sources import local_files, open_source
 from sae_runner.data._streams import Stream, features_of
-from sae_runner.data._text_files import SUFFIXES, TextFiles
+from sae_runner.data._text_files import LABEL_NAMES, SUFFIXES, TEXT_NAMES, TextFiles
 from sae_runner.data.images import NO_COLUMN
 from sae_runner.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger("sae_runner")
 
-TEXT_NAMES = ("text", "sentence", "content", "document", "review", "body", "question", "abstract")
-LABEL_NAMES = ("label", "labels", "class", "target", "sentiment", "category")
 GUESS_FROM = 100
 """Records that are looked at to guess a column."""
 

@@ -5,6 +5,7 @@ running text: by document, before anything is packed), so that neither an SAE no
 trains here ever sees what it is measured on.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -18,6 +19,10 @@ from sae_runner.errors import DataError
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 Ids = npt.NDArray[np.int64]
+MOST_NAMED = 5
+"""Unreadable examples that are named; more are counted."""
+
+log = logging.getLogger("sae_runner")
 
 
 class Example(NamedTuple):
@@ -55,6 +60,20 @@ def refuse_bad(
         )
 
 
+def check_bad(new: Sequence[Unreadable], n_bad: int, n_examples: int, max_bad: float) -> None:
+    """Name what could not be read; refuse to go on when it is more than `max_bad` of everything.
+
+    Raises:
+        DataError: past the limit.
+    """
+    named = new[: max(0, MOST_NAMED - (n_bad - len(new)))]
+    for example in named:
+        log.warning("unreadable example %d: %s", example.id, example.reason)
+    if len(named) < len(new):
+        log.warning("%d unreadable examples so far", n_bad)
+    refuse_bad(n_bad, n_examples, max_bad, new[0] if new else None)
+
+
 class Dataset(ABC):
     """Examples by id, in two splits that never mix."""
 
@@ -66,8 +85,8 @@ class Dataset(ABC):
     """Whether any id can be read at any time; a stream is read in ascending order only."""
     limits: Mapping[Split, int | None] = MappingProxyType({})
     """`dataset.n_examples` and `dataset.n_heldout`, where a dataset has them."""
-    max_bad: float
-    """`dataset.max_bad`, the share that may be unreadable, where a config says it."""
+    max_bad: float = 0.0
+    """`dataset.max_bad`, the share that may be unreadable; none, unless a config says so."""
 
     @abstractmethod
     def ids(self, split: Split) -> Ids:

@@ -10,6 +10,7 @@ from sae_runner.config import NonNegative, Positive, ProperFraction
 from sae_runner.data import DATASETS
 from sae_runner.data._sources import fingerprint_of
 from sae_runner.data._streams import refuse_short_stream
+from sae_runner.data._text_files import TextFiles
 from sae_runner.data._text_records import (
     Records,
     Table,
@@ -104,6 +105,8 @@ class Text(Dataset):
         if kind == "labelled":
             self.label_column = label_column_of(self.records[0], label_column, self.text_column)
         self._class_of, self.label_names = self._classes(label_names)
+        if columns is not None and self.label_column is not None:
+            self._refuse_names(columns)
         self.separator = document_separator if kind == "corpus" else None
         self._documents = [list(self._cut(r)) for r in self.records] if self.separator else None
 
@@ -119,6 +122,23 @@ class Text(Dataset):
             if None in self.limits.values():
                 raise ConfigError(
                     "dataset.streaming=true needs dataset.n_examples=N and dataset.n_heldout=N"
+                )
+
+    def _refuse_names(self, columns: list[str]) -> None:
+        """Refuse a first line whose label can only be a name where it is to be a record."""
+        for records in self.records:
+            if not isinstance(records, TextFiles) or not (first := records.first(1)):
+                continue
+            label = plain_label(first[0].get(self.label_column or ""))
+            others = self._class_of.keys() - {label}
+            alone = (
+                isinstance(label, str) and others and not any(isinstance(x, str) for x in others)
+            )
+            if alone or label not in {*self._class_of, -1}:
+                raise DataError(
+                    f"dataset.columns={','.join(columns)}: the first record of {records.where} has "
+                    f"{self.label_column} {label!r}, which is no class; if these are names, set "
+                    "dataset.columns=null, dataset.text_column and dataset.label_column"
                 )
 
     # -- Examples --------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sae_runner.config import fingerprint
-from sae_runner.data.base import Dataset, Example, Ids
+from sae_runner.data.base import SPLITS, Dataset, Example, Ids, Unreadable, check_bad
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.files import atomic, locked, sha256, write_json, write_tensors
 from sae_runner.log import duration
@@ -142,8 +143,18 @@ def identity_of(dataset: Dataset) -> dict[str, str]:
 
 
 def chunks_of(dataset: Dataset, ids: Ids, size: int = 512) -> Iterator[list[Example]]:
-    """The readable examples of `ids`, `size` at a time."""
+    """The readable examples of `ids`, which are of one split, `size` at a time.
+
+    Raises:
+        DataError: of these and of the other split's more than `dataset.max_bad` are unreadable.
+    """
+    others = [split for split in SPLITS if not np.isin(ids[:1], dataset.ids(split)).any()]
+    n_examples = len(ids) + sum(len(dataset.ids(split)) for split in others)
+    n_bad = 0
     for start in range(0, len(ids), size):
         found = dataset.load(ids[start : start + size])
+        bad = [example for example in found if isinstance(example, Unreadable)]
+        n_bad += len(bad)
+        check_bad(bad, n_bad, n_examples, dataset.max_bad)
         if good := [example for example in found if isinstance(example, Example)]:
             yield good

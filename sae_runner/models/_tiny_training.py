@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_runner.data._packed import PackedText
-from sae_runner.data.base import Dataset, Example
+from sae_runner.data.base import Dataset
 from sae_runner.errors import ConfigError
 from sae_runner.files import write_json
+from sae_runner.models._artefact import chunks_of
 from sae_runner.models._fitting import fit
 from sae_runner.models._pretrained import load_tokenizer, quiet
 from sae_runner.models._tokens import Tokens
@@ -92,11 +93,8 @@ def train_tokenizer(dataset: Dataset, vocab_size: int, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     def texts() -> Iterator[str]:
-        ids = dataset.ids("train")
-        for start in range(0, len(ids), 512):
-            for example in dataset.load(ids[start : start + 512]):
-                if isinstance(example, Example):
-                    yield example.value
+        for examples in chunks_of(dataset, dataset.ids("train")):
+            yield from (example.value for example in examples)
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -127,9 +127,12 @@ def join_columns(eval_dir: Path, path: Path) -> None:
 
 def warnings_of(facts: Mapping[str, Any]) -> list[str]:
     """What a reader of the report must not miss."""
+    found = []
     if facts["model"].get("weights") == "random":
-        return ["MODEL WEIGHTS ARE RANDOM: these numbers say nothing about a trained model"]
-    return []
+        found.append("MODEL WEIGHTS ARE RANDOM: these numbers say nothing about a trained model")
+    if n := facts["dataset"].get("n_unreadable"):
+        found.append(f"unreadable examples, left out of the data: {n:,}")
+    return found
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

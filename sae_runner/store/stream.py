@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_runner.data.base import Dataset, Ids, Split
+from sae_runner.data.base import Dataset, Ids, Split, check_bad
 from sae_runner.models.base import Model, SiteInfo
 from sae_runner.site import TokenSelection
 from sae_runner.statistics import ActivationStats
 from sae_runner.store.activations import Activations, mixed
-from sae_runner.store.window import WindowPlan, check_bad, compute_window
+from sae_runner.store.window import WindowPlan, compute_window
 
 
 class StreamStore(Activations):

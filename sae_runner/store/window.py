@@ -3,7 +3,6 @@
 Disk and stream compute windows by the same function, so both give the same rows in the same order.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,17 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_runner.data.base import Dataset, Ids, Split, Unreadable, refuse_bad
+from sae_runner.data.base import Dataset, Ids, Split, Unreadable
 from sae_runner.errors import DataError
 from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.site import TokenSelection
 from sae_runner.store.loading import load_batches
-
-MOST_NAMED = 5
-"""Unreadable examples that are named; more are counted."""
-
-log = logging.getLogger("sae_runner")
 
 
 @dataclass(frozen=True)
@@ -154,20 +148,6 @@ def compute_window(
         torch.cat(label)[order] if dataset.label_names else None,
         bad,
     )
-
-
-def check_bad(new: Sequence[Unreadable], n_bad: int, n_examples: int, max_bad: float) -> None:
-    """Name what could not be read; refuse to go on when it is more than `max_bad` of everything.
-
-    Raises:
-        DataError: past the limit.
-    """
-    named = new[: max(0, MOST_NAMED - (n_bad - len(new)))]
-    for example in named:
-        log.warning("unreadable example %d: %s", example.id, example.reason)
-    if len(named) < len(new):
-        log.warning("%d unreadable examples so far", n_bad)
-    refuse_bad(n_bad, n_examples, max_bad, new[0] if new else None)
 
 
 def select_rows(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_runner import files
-from sae_runner.data.base import SPLITS, Dataset, Split
+from sae_runner.data.base import SPLITS, Dataset, Split, check_bad
 from sae_runner.errors import DataError
 from sae_runner.log import Progress
 from sae_runner.models._precision import DTYPES
@@ -32,7 +32,7 @@ from sae_runner.store.manifest import (
     selection_dir,
     site_to_json,
 )
-from sae_runner.store.window import WindowPlan, WindowRows, check_bad, compute_window
+from sae_runner.store.window import WindowPlan, WindowRows, compute_window
 
 log = logging.getLogger("sae_runner")
 

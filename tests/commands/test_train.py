@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sae_runner.checkpoint import load_sae, save_checkpoint, step_dirs
 from sae_runner.commands.train import take_weights
@@ -239,3 +240,26 @@ def test_decoder_rows_that_cannot_be_made_unit_vectors_are_refused(tmp_path):
     sae = initialised("topk", rows(1, 1))
     with pytest.raises(ConfigError, match=r"go from 0.3 to 0.3, and sae.decoder_norm=unit"):
         take_weights(sae, tmp_path / "step_00000001")
+
+
+@pytest.mark.parametrize("weights", ["null", "random"])
+def test_what_could_not_be_read_is_in_the_report(tmp_path, compose_job, caplog, weights):
+    """Of a folder of pictures one is torn, for a model that trains on them and for one that not."""
+    from sae_runner.commands import train
+
+    for i in range(120):
+        path = tmp_path / "digits" / str(i % 3) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 2 * i).save(path)
+    path.write_bytes(path.read_bytes()[:20])
+    job = compose_job(
+        "train", "model=mnist_mlp", f"model.weights={weights}", "model.options.widths=[16]",
+        "model.epochs=1", f"dataset.path={tmp_path / 'digits'}", "dataset.heldout_split=null",
+        "dataset.max_bad=0.01", "trainer.n_tokens=256", "trainer.batch_size=32", "sae.k=4",
+        "evaluators=[density]", f"outputs={tmp_path / 'outputs'}",
+    )  # fmt: skip
+    train.main(job)
+    report = json.loads((run_dir(tmp_path) / "report.json").read_text())
+    assert "unreadable examples, left out of the data: 1" in report["warnings"]
+    named = [line for line in caplog.messages if "unreadable example" in line]
+    assert len(named) == (2 if weights == "null" else 1)

@@ -99,6 +99,60 @@ def test_a_header_that_says_the_same_as_columns_is_no_record(tmp_path):
     assert texts(dataset, range(2)) == ["first", "second"]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "header"),
+    [
+        ("csv", "sentence,label"), ("csv", "label,sentence"), ("csv", "Sentence, Label"),
+        ("csv", "idx,sentence,label"), ("csv", '"sentence","label"'), ("tsv", "label\tsentence"),
+    ],
+)  # fmt: skip
+def test_a_header_with_the_names_that_are_wanted_is_no_record(tmp_path, suffix, header):
+    """As of a file of one's own under the columns that sst2.yaml gives files without a header."""
+    rows = {"sentence": ("good, really", "bad"), "label": ("1", "0"), "idx": ("7", "8")}
+    comma = "," if suffix == "csv" else "\t"
+    names = [name.strip(' "').lower() for name in header.split(comma)]
+    lines = [[f'"{rows[n][i]}"' if comma == "," else rows[n][i] for n in names] for i in range(2)]
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text("\n".join([header, *map(comma.join, lines)]))
+    (tmp_path / "bare.csv").write_text('"good, really",1\nbad,0\n')
+    for found, others in ((path, {}), (tmp_path / "bare.csv", {"heldout_path": str(path)})):
+        dataset = build(
+            found, columns=["sentence", "label"], text_column="sentence", label_column="label",
+            label_names=["negative", "positive"], **others,
+        )  # fmt: skip
+        n = 4 if others else 2
+        assert texts(dataset, range(n)) == ["good, really", "bad"] * (n // 2)
+        assert [e.label for e in dataset.load(range(n))] == [1, 0] * (n // 2)
+
+
+@pytest.mark.parametrize(
+    ("header", "names", "message"),
+    [
+        ("text,label", ["no", "yes"], r"has other names: text, label; set dataset\.columns=null"),
+        ("review,sentiment", None, r"has other names: review, sentiment; set"),
+        ("opinion,stars", ["no", "yes"], r"has label 'stars', which is no class; if these are nam"),
+        ("opinion,stars", None, r"has label 'stars', which is no class"),
+        ("id,text,label", ["no", "yes"], r"has 3 fields; null takes names from there"),
+    ],
+)
+def test_a_header_with_other_names_is_refused(tmp_path, header, names, message):
+    fields = header.count(",") - 1
+    rows = "".join("0," * fields + f"some words,{i % 2}\n" for i in range(5))
+    (tmp_path / "rows.csv").write_text(f"{header}\n{rows}")
+    with pytest.raises(DataError, match=rf"dataset\.columns=sentence,label: .*rows\.csv {message}"):
+        build(tmp_path / "rows.csv", columns=["sentence", "label"], label_names=names)
+
+
+def test_files_may_differ_in_the_order_of_their_columns_only(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nfirst,1\n")
+    (tmp_path / "b.csv").write_text("label,text\n0,second\n")
+    dataset = build(tmp_path / "*.csv")
+    assert texts(dataset, range(2)) == ["first", "second"]
+    (tmp_path / "c.csv").write_text("text,class\nthird,0\n")
+    with pytest.raises(DataError, match=r"c\.csv has other names than .*text, class"):
+        build(tmp_path / "*.csv")
+
+
 def test_a_corpus_is_cut_at_its_separator(tmp_path):
     (tmp_path / "plays.txt").write_bytes(b"First.\r\nSpeech\r\n\r\n  \n\nSecond.\n\nThird.\n\n\n")
     dataset = build(tmp_path / "plays.txt", kind="corpus", document_separator="\n\n", heldout=0.34)

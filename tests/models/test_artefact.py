@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sae_runner.errors import ConfigError, Interrupted, StoreError
-from sae_runner.models._artefact import FACTS, WEIGHTS, assign, load, trained
+from sae_runner.data.base import Example, Unreadable
+from sae_runner.data.digits import Digits
+from sae_runner.errors import ConfigError, DataError, Interrupted, StoreError
+from sae_runner.models._artefact import FACTS, WEIGHTS, assign, chunks_of, load, trained
 
 IDENTITY = {"seed": 0, "sizes": [3, 2]}
 
@@ -126,3 +128,37 @@ def test_assign_wants_exactly_the_network_s_tensors() -> None:
         assign(network, {**weights(), "extra": torch.ones(1)}, "here")
     with pytest.raises(ConfigError, match=r"bias has shape \(3,\), the model needs \(2,\)"):
         assign(network, {**weights(), "bias": torch.ones(3)}, "here")
+
+
+class Torn(Digits):
+    """400 digits to train on and 100 to measure on; some of the former cannot be read."""
+
+    def __init__(self, n_bad: int, max_bad: float) -> None:
+        super().__init__(heldout=0.2, n_examples=400, n_heldout=100, seed=0)
+        self.bad, self.max_bad = set(self.ids("train")[5 : 5 + n_bad].tolist()), max_bad
+
+    def load(self, ids: Any) -> list[Example | Unreadable]:
+        found = super().load(ids)
+        return [Unreadable(e.id, "torn") if e.id in self.bad else e for e in found]
+
+
+def test_a_model_that_trains_here_leaves_out_what_is_unreadable_and_says_so(caplog) -> None:
+    """The share is of everything: 10 of 500, though 10 of 400 train."""
+    dataset = Torn(10, max_bad=0.02)
+    chunks = list(chunks_of(dataset, dataset.ids("train"), size=64))
+    good = [example.id for chunk in chunks for example in chunk]
+    assert good == sorted(set(dataset.ids("train").tolist()) - dataset.bad)
+    named = [r.message for r in caplog.records if r.message.startswith("unreadable example")]
+    assert named == [f"unreadable example {i}: torn" for i in sorted(dataset.bad)[:5]]
+
+
+def test_a_model_that_trains_here_stops_past_the_share(caplog) -> None:
+    dataset = Torn(11, max_bad=0.02)
+    first = min(dataset.bad)
+    message = rf"dataset\.max_bad=0\.02: 11 of 500 examples are unreadable, e\.g\. {first}: torn"
+    with pytest.raises(DataError, match=message):
+        list(chunks_of(dataset, dataset.ids("train")))
+    # Of a sample that is trained on, with everything that is held out.
+    sample = dataset.ids("train")[:100]
+    with pytest.raises(DataError, match="11 of 200 examples"):
+        list(chunks_of(dataset, sample))
