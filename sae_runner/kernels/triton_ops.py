@@ -46,7 +46,8 @@ def topk(scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
     _launch(
         _selection().topk, (n,), scores, out, width, k,
         BITS=16 if scores.dtype == torch.bfloat16 else 32, GROUPS=groups, TILES=tiles,
-        SLOTS=slots, TILE_SLOTS=_power(tiles), num_warps=_warps(groups, 512),
+        SLOTS=slots, TILE_SLOTS=_power(tiles),
+        num_warps=max(_warps(min(groups, 2048), 512), groups // 2048),
     )  # fmt: skip
     return out
 
@@ -71,7 +72,7 @@ def rescore(
     warps = 4 if slots <= 64 else 8
     _launch(
         _selection().rescore, (n,), x, W, b, candidates, values, indices, m, k,
-        D=d, SLOTS=slots, BLOCK=_block(d, most=max(16, min(256, 1024 * warps // slots))),
+        D=d, SLOTS=slots, BLOCK=_block(d, most=max(16, min(256, 512 * warps // slots))),
         num_warps=warps,
     )  # fmt: skip
     return values, indices
@@ -85,7 +86,7 @@ def products(
     d = x.shape[1]
     _launch(
         _rows().products, (len(x),), x, W, offsets, indices, out,
-        D=d, ENTRIES=16, BLOCK=_block(d), num_warps=4,
+        D=d, ENTRIES=32, BLOCK=_block(d, most=64), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -98,7 +99,7 @@ def decode(
     out = W.new_empty(n, d)
     _launch(
         _rows().decode, (n, -(-d // block)), W, offsets, indices, values, out,
-        D=d, ENTRIES=16, BLOCK=block, num_warps=4,
+        D=d, ENTRIES=8, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -115,7 +116,7 @@ def reconstruct(
     residual, out = torch.empty_like(wanted), torch.empty_like(values)
     _launch(
         _rows().reconstruct, (len(wanted),), W, offsets, indices, values, wanted, residual, out,
-        D=d, ENTRIES=16, BLOCK=_block(d), num_warps=4,
+        D=d, ENTRIES=8, BLOCK=_block(d), num_warps=4,
     )  # fmt: skip
     return residual, out
 
@@ -217,10 +218,10 @@ def _gradient_of(factors: list[Factor]) -> tuple[list[Tensor], dict[str, Any]]:
         for factor in factors
         for tensor in (*factor.by_latent, factor.coefs, factor.dense, _segment_sums(factor))
     ]
-    warps = _warps(width, 256)
+    warps = _warps(width, 128)
     meta = {
         "D": d, "SEGMENT": SEGMENT, "WIDTH": width, "TWO": len(factors) == 2,
-        "ENTRIES": max(1, min(16, 1024 * warps // width)), "num_warps": warps,
+        "ENTRIES": max(1, min(16, 512 * warps // width)), "num_warps": warps,
     }  # fmt: skip
     return (tensors if len(factors) == 2 else tensors * 2), meta
 
@@ -239,9 +240,14 @@ def _segment_sums(factor: Factor) -> Float32[Tensor, "segments d"]:
 
 
 def _groups(width: int, k: int) -> int:
-    """Into how many groups `topk` puts a row; 0 where its places would be too many to hold."""
-    groups = max(_power(k), min(2048, _power(width)))
-    while _power(k) * _power(-(-width // groups)) > MOST_SURVIVORS:
+    """Into how many groups `topk` puts a row; 0 where its places would be too many to hold.
+
+    Places of the chosen groups cost more than groups: half as many are wanted.
+    """
+    groups = max(_power(k), min(1024, _power(width)))
+    while (survivors := _power(k) * _power(-(-width // groups))) > MOST_SURVIVORS or (
+        survivors > groups // 2 and groups < min(4096, _power(width))
+    ):
         groups *= 2
         if groups > MOST_SURVIVORS:
             return 0

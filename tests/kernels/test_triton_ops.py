@@ -75,7 +75,7 @@ def dense_of(offsets, indices, values, d_sae):
 # d = 20 and 300 are no powers of two, and 300 is more than one block; rows without an entry; more
 # entries than are taken at once; nothing at all.
 SHAPES = [
-    ([3, 0, 17, 1], 40, 20),
+    ([3, 0, 37, 1], 40, 20),
     ([5], 7, 300),
     ([2, 2], 2, 1),
     ([0, 0, 0], 5, 16),
