@@ -4,7 +4,7 @@ A selection is in CSR form: row t of n owns the entries from offsets[t] to offse
 index of a latent, no latent twice in a row. W is [d_sae, d]: a latent is a row.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import BFloat16, Float, Float64, Int, Int32, Int64
 from torch import Tensor
@@ -33,6 +33,7 @@ class Factor(NamedTuple):
     dense: Float[Tensor, "n d"]
 
 
+@runtime_checkable
 class Ops(Protocol):
     """What `torch_ops`, `native_ops` and `triton_ops` each offer, with the same results."""
 

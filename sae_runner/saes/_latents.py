@@ -1,10 +1,13 @@
 """Sparse latents in memory, and the one sum that a decoder makes of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
+
+from sae_runner.kernels.autograd import Selection
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Latents:
     def from_entries(
         cls,
         rows: Int64[Tensor, " nnz"],
-        indices: Int64[Tensor, " nnz"],
+        indices: Int[Tensor, " nnz"],
         values: Float[Tensor, " nnz"],
         n: int,
         d_sae: int,
@@ -79,6 +82,17 @@ class Latents:
         return torch.repeat_interleave(
             torch.arange(len(self), device=self.offsets.device), self.counts
         )
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Which entries they are, for operations on selected latents."""
+        return Selection(self.offsets, self.indices, self.d_sae)
+
+    def with_values(self, values: Float[Tensor, " nnz"]) -> "Latents":
+        """The same entries with other values."""
+        other = replace(self, values=values)
+        other.__dict__["selection"] = self.selection  # What is known of it is shared.
+        return other
 
     def dense(self) -> Float[Tensor, "n d_sae"]:
         """The same latents with their zeros. For small d_sae only."""

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_runner.errors import ConfigError, DataError, StoreError, did_you_mean
+from sae_runner.kernels.selection import Selector
 from sae_runner.saes import _scaling
 from sae_runner.saes._options import UNITS, Common, width
 from sae_runner.statistics import ActivationStats
@@ -53,6 +54,7 @@ class Weights(nn.Module):
         self.apply_b_dec_to_input = common["apply_b_dec_to_input"]
         self.decoder_norm, self.b_dec_init = common["decoder_norm"], common["b_dec_init"]
         self._check_options(common)
+        self.selector = Selector()  # How a trainer wants encoders to choose.
         self.make_weights()
         self.register_buffer("input_scale", torch.ones(()))
         if self.loss_reduction == "normalised":

@@ -134,7 +134,7 @@ class Archetypal(TopK):
             self.match_encoder(stats.sample[:1024])
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, *, normalised: bool = False) -> None:
         """See `SAE.after_step`; a row of W without a positive weight becomes its largest one."""
         if self.n_candidates is None:
             return

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from sae_runner.kernels import autograd
+from sae_runner.kernels.selection import Entries
 from sae_runner.saes._initialisation import geometric_median, random_directions
 from sae_runner.saes._latents import Latents as Latents
 from sae_runner.saes._latents import sum_rows as sum_rows
@@ -92,7 +94,9 @@ class SAE(Weights):
         self, scaled: Float[Tensor, "n d_in"], latents: Int64[Tensor, " m"] | None = None
     ) -> Float[Tensor, "n m"]:
         """Z = (x − b_dec) W_enc + b_enc of scaled rows, of all latents or of some."""
-        rows: Tensor = self.W_enc_rows if latents is None else self.W_enc_rows[latents]
+        rows: Tensor = self.W_enc_rows
+        if latents is not None:
+            rows = autograd.rows_of(rows, latents)
         bias: Tensor = self.b_enc if latents is None else self.b_enc[latents]
         centred = scaled - self.b_dec if self.apply_b_dec_to_input else scaled
         return nn.functional.linear(centred, rows, bias)
@@ -103,6 +107,30 @@ class SAE(Weights):
         """Activations and places of the k largest pre-activations of each row."""
         values, indices = pre_acts.topk(k, dim=1, sorted=False)
         return values.relu(), indices
+
+    @property
+    def centre(self) -> Float[Tensor, " d_in"] | None:
+        """What is taken from scaled rows before they are encoded."""
+        return self.b_dec if self.apply_b_dec_to_input else None
+
+    def centred(self, scaled: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """Scaled rows as the encoder sees them; no gradient."""
+        return scaled if self.centre is None else scaled - self.centre.detach()
+
+    def scored(self, scaled: Float[Tensor, "n d_in"], entries: Entries) -> Latents:
+        """Pre-activations of chosen entries, whose values are known, with their gradient."""
+        latents = Latents(entries.offsets, entries.indices, entries.values, self.d_sae)
+        return latents.with_values(
+            autograd.selected_scores(
+                scaled, self.W_enc_rows, self.b_enc, self.centre, latents.selection, latents.values
+            )
+        )
+
+    def reconstruct(
+        self, latents: Latents, target: Float[Tensor, "n d_out"], base: Tensor
+    ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, " n"]]:
+        """x̂ = base + f W_dec, and the squared error of each row, both with their gradient."""
+        return autograd.reconstruct(latents.values, self.W_dec, base, target, latents.selection)
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
@@ -173,11 +201,15 @@ class SAE(Weights):
         scaled: Float[Tensor, "n d_out"],
         x_hat: Float[Tensor, "n d_out"],
         fired: Int64[Tensor, " d_sae"],
+        square: Float[Tensor, " n"] | None = None,
         **terms: tuple[float, Tensor],
     ) -> Loss:
-        """The squared error of `x_hat` (scaled) plus `coefficient · value` of each further term."""
+        """The squared error of `x_hat` (scaled) plus `coefficient · value` of each further term.
+
+        `square` is that of each row, with a gradient of its own, where it is known.
+        """
         residual = scaled - x_hat
-        name, error = self.error(residual.square().sum(1), scaled)
+        name, error = self.error(residual.square().sum(1) if square is None else square, scaled)
         parts, total, rest = {name: error.detach()}, error, error.new_zeros(())
         for term, (coefficient, value) in terms.items():
             weighted = coefficient * value
@@ -235,9 +267,12 @@ class SAE(Weights):
         if self.decoder_norm == "unit":
             self.remove_parallel_gradient()
 
-    def after_step(self) -> None:
-        """Called after the optimizer's step: constraints on weights."""
-        if self.decoder_norm == "unit":
+    def after_step(self, *, normalised: bool = False) -> None:
+        """Called after the optimizer's step: constraints on weights.
+
+        Decoder rows that must be are `normalised` already where the step did it.
+        """
+        if self.decoder_norm == "unit" and not normalised:
             self.normalise_decoder()
 
     @torch.no_grad()

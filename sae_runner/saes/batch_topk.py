@@ -63,27 +63,26 @@ class BatchTopK(SAE):
         pre_acts = self.pre_activations(self.scaled(x))
         return Latents.where(pre_acts > self.threshold, pre_acts)
 
-    def choose(self, pre_acts: Float[Tensor, "n d_sae"], k: float) -> Latents:
+    def chosen(self, scaled: Float[Tensor, "n d_in"], k: float) -> Latents:
         """The positive ones of the ⌊k n⌋ largest pre-activations of a batch."""
-        flat = pre_acts.flatten()
-        places = flat.detach().topk(whole(k * len(pre_acts)), sorted=False).indices.sort().values
-        places = places[flat[places] > 0]
-        rows, indices = places // self.d_sae, places % self.d_sae
-        return Latents.from_entries(rows, indices, flat[places], *pre_acts.shape)
+        entries = self.selector.largest(
+            self.centred(scaled), self.W_enc_rows, self.b_enc, whole(k * len(scaled))
+        )
+        return self.scored(scaled, entries)
 
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
         """The reduced squared error on scaled activations, of what training selects."""
         scaled = self.scaled(x)
         k = annealed(self.k, self.k_start, self.k_anneal, state.progress)
-        latents = self.choose(self.pre_activations(scaled), k)
-        return self.loss_from(x, scaled, latents)
+        return self.loss_from(x, scaled, self.chosen(scaled, k))
 
     def loss_from(
         self, x: Float[Tensor, "n d_in"], scaled: Float[Tensor, "n d_in"], latents: Latents
     ) -> Loss:
         """The loss of a batch, given the latents that were selected."""
         fired = torch.bincount(latents.indices, minlength=self.d_sae)
-        return self.loss_of(x, scaled, self.decode_scaled(latents), fired)
+        x_hat, square = self.reconstruct(latents, scaled, self.b_dec)
+        return self.loss_of(x, scaled, x_hat, fired, square)
 
     def settle(self, progress: float) -> None:
         """See `SAE.settle`."""

@@ -96,8 +96,8 @@ class JumpReLU(SAE):
         acts = self.activate(pre_acts)
         x_hat = acts @ self.W_dec + self.b_dec
         term = (self.l0_coefficient * state.penalty, self.sparsity(pre_acts, acts))
-        name = f"{self.penalty}_penalty"
-        return self.loss_of(x, scaled, x_hat, count_active(acts), **{name: term})
+        terms = {f"{self.penalty}_penalty": term}
+        return self.loss_of(x, scaled, x_hat, count_active(acts), None, **terms)
 
     def sparsity(
         self, pre_acts: Float[Tensor, "n d_sae"], acts: Float[Tensor, "n d_sae"]
@@ -123,12 +123,12 @@ class JumpReLU(SAE):
                 self.b_enc[latents] = self.threshold[latents] - z.quantile(1 - share, dim=0)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, *, normalised: bool = False) -> None:
         """See `SAE.after_step`; thresholds stay ≥ 0.
 
         At 0, a pseudo-derivative of tanh, in proportion to θ, would stay 0 for ever.
         """
-        super().after_step()
+        super().after_step(normalised=normalised)
         self.threshold.clamp_(min=0.01 * self.initial_threshold if self.penalty == "tanh" else 0)
 
     @torch.no_grad()

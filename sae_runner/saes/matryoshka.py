@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_runner.config import Fraction, PositiveFloat
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
-from sae_runner.saes.base import Common, Latents, Loss, sum_rows, width
+from sae_runner.saes.base import Common, Latents, Loss, width
 from sae_runner.saes.batch_topk import BatchTopK
 
 
@@ -58,18 +58,18 @@ class Matryoshka(BatchTopK):
 
         The residual, which AuxK predicts, is that of all latents.
         """
-        x_hat, rows, terms = self.b_dec.expand_as(scaled), latents.rows, {}
+        rows, terms = latents.rows, {}
+        x_hat: Tensor = self.b_dec
         for start, stop in itertools.pairwise([0, *self.widths]):
             own = (latents.indices >= start) & (latents.indices < stop)
             added = Latents.from_entries(
                 rows[own], latents.indices[own], latents.values[own], len(x), self.d_sae
             )
-            x_hat = x_hat + sum_rows(self.W_dec, added.indices, added.values, added.offsets)
+            x_hat, square = self.reconstruct(added, scaled, x_hat)
             if stop < self.d_sae:
-                error = self.error((scaled - x_hat).square().sum(1), scaled)[1]
-                terms[f"first_{stop}"] = (1.0, error)
+                terms[f"first_{stop}"] = (1.0, self.error(square, scaled)[1])
         fired = torch.bincount(latents.indices, minlength=self.d_sae)
-        loss = self.loss_of(x, scaled, x_hat, fired, **terms)
+        loss = self.loss_of(x, scaled, x_hat, fired, square, **terms)
         share = 1 / len(self.widths) if self.group_reduction == "mean" else 1.0
         return loss._replace(total=share * loss.total)
 

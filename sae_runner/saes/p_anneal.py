@@ -143,9 +143,9 @@ class PAnneal(SAE):
         self._n_rows += n_rows
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, *, normalised: bool = False) -> None:
         """See `SAE.after_step`."""
-        super().after_step()
+        super().after_step(normalised=normalised)
         if self._n_rows:
             latest = (self._sums / self._n_rows).to(self.recorded).unsqueeze(0)
             self.recorded.copy_(torch.cat([self.recorded[1:], latest]))

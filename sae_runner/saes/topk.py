@@ -3,13 +3,14 @@
 from typing import Any, Literal, Unpack
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from sae_runner.config import Fraction, NonNegativeFloat, Positive
 from sae_runner.errors import ConfigError
+from sae_runner.kernels.selection import Entries
 from sae_runner.saes import SAES
-from sae_runner.saes.base import SAE, Common, Latents, Loss, TrainState, sum_rows, width
+from sae_runner.saes.base import SAE, Common, Latents, Loss, TrainState, width
 
 Chosen = tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]
 
@@ -86,21 +87,53 @@ class TopK(SAE):
         values, indices = self.choose(self.pre_activations(self.scaled(x)), self.k)
         return Latents.from_topk(values, indices, self.d_sae)
 
+    def select(
+        self, scaled: Float[Tensor, "n d_in"], k: int
+    ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """Pre-activations and indices of the k latents that are chosen in training; no gradient."""
+        centred = self.centred(scaled)
+        if self.selection == "topk":
+            return self.selector.top(centred, self.W_enc_rows, self.b_enc, k)
+        parts = []
+        with torch.no_grad():
+            for part in self.chunks(scaled):
+                pre_acts = self.pre_activations(part)
+                indices = self.choose(pre_acts, k)[1]
+                parts.append((pre_acts.gather(1, indices), indices))
+        return torch.cat([z for z, _ in parts]), torch.cat([where for _, where in parts])
+
+    def chosen(
+        self,
+        scaled: Float[Tensor, "n d_in"],
+        pre_acts: Float[Tensor, "n k"],
+        indices: Int[Tensor, "n k"],
+    ) -> Latents:
+        """Latents that were selected, with their gradient; values may be zero."""
+        n, k = indices.shape
+        offsets = torch.arange(0, n * k + 1, k, device=indices.device)
+        latents = self.scored(scaled, Entries(offsets, indices.flatten().int(), pre_acts.flatten()))
+        signed = self.selection == "abstopk"
+        return latents if signed else latents.with_values(latents.values.relu())
+
     def loss(self, x: Float[Tensor, "n width"], state: TrainState) -> Loss:
         """The reduced squared error on scaled activations, plus that with 4 k latents."""
         scaled, target = self.scaled(self.input_of(x)), self.scaled_target(x)
-        pre_acts = self.pre_activations(scaled)
         k = round(annealed(self.k, self.k_start, self.k_anneal, state.progress))
-        values, indices = self.choose(pre_acts, k)
-        base = self.base_of(scaled)
-        x_hat = sum_rows(self.W_dec, indices, values) + base
-        terms = {}
+        base, terms = self.base_of(scaled), {}
         if self.multi_topk > 0:
-            more, where = self.choose(pre_acts, min(4 * k, self.d_sae))
-            residual = target - sum_rows(self.W_dec, where, more) - base
-            terms["multi_topk"] = (self.multi_topk, self.error(residual.square().sum(1), target)[1])
-        fired = torch.bincount(indices[values != 0], minlength=self.d_sae)
-        return self.loss_of(x, target, x_hat, fired, **terms)
+            pre_acts, indices = self.select(scaled, min(4 * k, self.d_sae))
+            more = self.chosen(scaled, pre_acts, indices)
+            error = self.error(self.reconstruct(more, target, base)[1], target)[1]
+            terms["multi_topk"] = (self.multi_topk, error)
+            size = pre_acts.abs() if self.selection == "abstopk" else pre_acts
+            best = size.topk(k, dim=1, sorted=False).indices
+            pre_acts, indices = pre_acts.gather(1, best), indices.gather(1, best)
+        else:
+            pre_acts, indices = self.select(scaled, k)
+        latents = self.chosen(scaled, pre_acts, indices)
+        x_hat, square = self.reconstruct(latents, target, base)
+        fired = torch.bincount(latents.indices[latents.values != 0], minlength=self.d_sae)
+        return self.loss_of(x, target, x_hat, fired, square, **terms)
 
     def settle(self, progress: float) -> None:
         """See `SAE.settle`."""

@@ -40,7 +40,7 @@ class Guardrails:
             self.said.add(what)
             log.warning(message)
 
-    def check_sound(self, step: int, taken: Taken, grad_norm: Tensor) -> None:
+    def check_sound(self, step: int, taken: Taken, grad_norm: Tensor | None) -> None:
         """Refuse to log or save a step of a training that went astray.
 
         Raises:
@@ -49,7 +49,7 @@ class Guardrails:
         fit = taken.fit
         found = {
             "loss": float(taken.total),
-            "grad_norm": float(grad_norm),
+            "grad_norm": 0.0 if grad_norm is None else float(grad_norm),
             "squared error / squared norm": float(fit.error / fit.square.clamp_min(1e-12)),
         }
         limit = max(DIVERGED, (self.sae.d_sae / self.sae.d_in) ** 2)

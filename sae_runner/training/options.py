@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from sae_runner.config import (
     Fraction,
     Memory,
@@ -13,6 +15,7 @@ from sae_runner.config import (
     ProperFraction,
 )
 from sae_runner.errors import ConfigError
+from sae_runner.kernels.selection import Precision, multiplies_bf16
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class TrainOptions:
     lr_decay_shape: Literal["linear", "cosine"]
     penalty_warmup: float
     clip_grad_norm: float | None
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "screened", "bf16"]
     dead_window: int
     n_calibration: int
     log_every: int
@@ -58,7 +61,7 @@ class TrainOptions:
         lr_decay_shape: Literal["linear", "cosine"],
         penalty_warmup: Fraction,
         clip_grad_norm: PositiveFloat | None,
-        precision: Literal["fp32", "bf16"],
+        precision: Literal["auto", "fp32", "screened", "bf16"],
         dead_window: Positive,
         n_calibration: Positive,
         log_every: Positive,
@@ -100,6 +103,12 @@ class TrainOptions:
     def half(self) -> bool:
         """Whether the loss is computed in half precision, where that is safe."""
         return self.precision == "bf16"
+
+    def precision_on(self, device: torch.device) -> Precision:
+        """How encoders choose latents; `auto` screens where bfloat16 products are fast."""
+        if self.precision != "auto":
+            return self.precision
+        return "screened" if multiplies_bf16(device) else "fp32"
 
     @property
     def n_parts(self) -> int:

@@ -35,6 +35,7 @@ from sae_runner.training.objectives.base import Objective, Source
 from sae_runner.training.options import TrainOptions as TrainOptions
 from sae_runner.training.parts import Taken
 from sae_runner.training.target_l0 import DESCENT, TargetL0
+from sae_runner.training.update import Update
 
 log = logging.getLogger("sae_runner")
 
@@ -69,13 +70,9 @@ class Trainer:
         self.objective: Objective = objective or OBJECTIVES.build({"type": "local"}, sae=sae)
         self.source: Source = source or store
         self.lr = schedules.learning_rate(options.lr, sae.d_sae)
-        self.optimizer = torch.optim.Adam(
-            sae.parameters(),
-            lr=self.lr,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        sae.selector.precision = options.precision_on(device)
+        self.update = Update(sae, options, self.lr)
+        self.optimizer = self.update.optimizer
         self.dead: DeadLatents = DEAD_LATENTS.build(
             dead_latents or {"type": "none"}, sae=sae, window=options.dead_window
         )
@@ -190,7 +187,7 @@ class Trainer:
         taken, grad_norm, lr = self.take_step(batch.x.to(self.device))
         self.step, self.position = self.step + 1, batch.position
         row, last = None, self.step == self.options.n_steps
-        if self.step % self.options.log_every == 0 or last:
+        if self.is_logged(self.step):
             row = self.log_metrics(taken, grad_norm, lr)
             self.journal.timings(self.step, wait_s)
         stopping = bool(stop)  # A signal that comes later waits for the next step.
@@ -208,8 +205,15 @@ class Trainer:
     def _interrupt(self, stop: signals.StopRequest) -> None:
         stop.interrupt(f"stopped at step {self.step}; type the same command to go on")
 
-    def take_step(self, x: Tensor | Inputs) -> tuple[Taken, Tensor, float]:
-        """One update on a batch of rows [n, d_in] or of inputs: its loss, gradient norm, lr."""
+    def is_logged(self, step: int) -> bool:
+        """Whether a line of metrics.jsonl is written after so many steps."""
+        return step % self.options.log_every == 0 or step == self.options.n_steps
+
+    def take_step(self, x: Tensor | Inputs) -> tuple[Taken, Tensor | None, float]:
+        """One update on a batch of rows [n, d_in] or of inputs: its loss, gradient norm, lr.
+
+        The norm may not be known where nothing is clipped and no line is logged.
+        """
         options, sae = self.options, self.sae
         if self.step in self.intervention_steps:  # A checkpoint of this step is from before.
             intervene(self)
@@ -218,29 +222,21 @@ class Trainer:
             decay_fraction=options.lr_decay, shape=options.lr_decay_shape,
         ) * self.dead.lr_factor(self.step, options.n_steps)  # fmt: skip
         lr = self.lr * lr_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         warmup = min(options.penalty_warmup, 1.0 if self.target_l0 is None else DESCENT)
         penalty = schedules.warmup(self.step, warmup * options.n_steps)
         if self.target_l0 is not None:
             penalty *= self.target_l0.factor
         state = TrainState(penalty, self.step / options.n_steps, 1 / options.n_steps)
-        self.optimizer.zero_grad(set_to_none=True)
         taken = Taken(sae, self.mean)
-        for part in x.split(-(-len(x) // options.n_parts)):
-            taken.shed()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=options.half):
-                loss = self.objective.loss(part, state)
-                loss = self.dead.add_to(loss, sae.input_of(loss.x))
-            (loss.total * (len(part) / len(x))).backward()  # type: ignore[no-untyped-call]
-            taken.add(loss)
-        sae.before_step()
-        # An unreachable bound measures without clipping.
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            sae.parameters(), options.clip_grad_norm or float("inf")
-        )
-        self.optimizer.step()
-        sae.after_step()
+        with self.update.gradients():
+            for part in x.split(-(-len(x) // options.n_parts)):
+                taken.shed()
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=options.half):
+                    loss = self.objective.loss(part, state)
+                    loss = self.dead.add_to(loss, sae.input_of(loss.x))
+                (loss.total * (len(part) / len(x))).backward()  # type: ignore[no-untyped-call]
+                taken.add(loss)
+            grad_norm = self.update.step(lr, measured=self.is_logged(self.step + 1))
         if self.averaged is not None:
             self.averaged.update(sae)
         self.dead.update(taken.fired, taken.n_rows)
@@ -252,8 +248,9 @@ class Trainer:
 
     # -- What is kept ----------------------------------------------------------------------------
 
-    def log_metrics(self, taken: Taken, grad_norm: Tensor, lr: float) -> dict[str, float]:
+    def log_metrics(self, taken: Taken, grad_norm: Tensor | None, lr: float) -> dict[str, float]:
         """Append one line to metrics.jsonl and hand it to the loggers."""
+        assert grad_norm is not None  # Of a step that is logged it was measured.
         fit = taken.fit
         row: dict[str, float] = {
             "step": self.step,

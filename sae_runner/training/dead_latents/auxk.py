@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sae_runner.config import NonNegativeFloat, Positive
 from sae_runner.errors import ConfigError
-from sae_runner.saes.base import SAE, Loss, sum_rows
+from sae_runner.kernels.autograd import rows_of
+from sae_runner.saes.base import SAE, Loss
 from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.dead_latents.base import DeadLatents
 
@@ -54,7 +55,9 @@ class AuxK(DeadLatents):
         sae, residual = self.sae, loss.residual
         pre_acts = sae.pre_activations(sae.scaled(x), dead)
         values, chosen = sae.strongest(pre_acts, min(self.k_aux, len(dead)))
-        predicted = sum_rows(sae.W_dec, dead[chosen], values)
+        # A large part of few latents: dense products are cheaper than gathering rows.
+        acts = torch.zeros_like(pre_acts).scatter(1, chosen, values)
+        predicted = acts @ rows_of(sae.W_dec, dead)
         variance = (residual - residual.mean(0)).square().mean()
         # A NaN that is replaced afterwards would still be one in the gradient.
         weight = torch.where(variance > 0, 1 / variance, 0) * min(len(dead) / self.k_aux, 1)

@@ -1,0 +1,226 @@
+"""Pre-activations and reconstructions of selected latents, and their gradients, all sparse.
+
+No [n, d_sae] latents and no products with them: forwards and backwards only entries of the
+selection are touched. Gradients of weights are factors; a `Tape` keeps them for an optimizer that
+takes them row by row, else they become the usual dense gradient.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from sae_runner.kernels.base import ByLatent, Factor, Ops
+from sae_runner.kernels.choice import ops_for
+
+
+class Selection:
+    """Which latents of each row are looked at, in CSR form; read by latents when first asked."""
+
+    def __init__(
+        self, offsets: Int64[Tensor, " n_plus_1"], indices: Int[Tensor, " nnz"], d_sae: int
+    ) -> None:
+        self.offsets, self.indices, self.d_sae = offsets, indices.int(), d_sae
+        self._by_latent: ByLatent | None = None
+
+    def by_latent(self, ops: Ops) -> ByLatent:
+        """The same selection, read by latents."""
+        if self._by_latent is None:
+            self._by_latent = ops.by_latent(self.offsets, self.indices, self.d_sae)
+        return self._by_latent
+
+
+class Tape:
+    """Gradients of weight matrices, as factors, by the parameter they belong to."""
+
+    def __init__(self) -> None:
+        self.factors: dict[Tensor, list[Factor]] = {}
+
+    def add(self, W: Tensor, factor: Factor) -> None:
+        """Add to the gradient of W."""
+        self.factors.setdefault(W, []).append(factor)
+
+
+_tape: ContextVar[Tape | None] = ContextVar("tape", default=None)
+
+
+@contextmanager
+def taped() -> Iterator[Tape]:
+    """Gradients of what is computed within go to the tape, and not to `W.grad`."""
+    tape = Tape()
+    token = _tape.set(tape)
+    try:
+        yield tape
+    finally:
+        _tape.reset(token)
+
+
+def tape_for(W: Tensor) -> Tape | None:
+    """Where gradients of W go; those of a computed W go on to what it was computed from."""
+    return _tape.get() if W.is_leaf else None
+
+
+def selected_scores(
+    x: Float[Tensor, "n d"],
+    W: Float[Tensor, "d_sae d"],
+    b: Float[Tensor, " d_sae"],
+    centre: Float[Tensor, " d"] | None,
+    selection: Selection,
+    values: Float[Tensor, " nnz"],
+) -> Float[Tensor, " nnz"]:
+    """z_tj = ⟨x_t − centre, W_j⟩ + b_j of selected entries, whose `values` are known.
+
+    Its gradient by W is a factor; that by `centre` is −Wᵀ (gradient by b), a matrix times a vector.
+    """
+    found: Tensor = _Scores.apply(x, W, b, centre, selection, values, tape_for(W))
+    return found
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor, centre: Tensor | None, selection: Selection,
+        values: Tensor, tape: Tape | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, W, centre)
+        ctx.selection, ctx.tape = selection, tape
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, W, centre = ctx.saved_tensors
+        selection: Selection = ctx.selection
+        ops, g = ops_for(W), g.contiguous()
+        by_latent = selection.by_latent(ops)
+        g_x = g_W = g_b = g_centre = None
+        if ctx.needs_input_grad[0]:
+            g_x = ops.decode(W, selection.offsets, selection.indices, g)
+        if ctx.needs_input_grad[1]:
+            rows = x if centre is None else x - centre
+            g_W = _gradient(ctx.tape, W, Factor(by_latent, g, rows), ops)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            g_b = _summed_by_latent(by_latent, g)
+        if ctx.needs_input_grad[3]:
+            g_centre = -(g_b @ W)
+        return g_x, g_W, g_b, g_centre, None, None, None
+
+
+def _summed_by_latent(by_latent: ByLatent, g: Tensor) -> Tensor:
+    """Σ of the entries of each latent, in an order that does not vary."""
+    ordered = g[by_latent.entries.long()].double().cumsum(0)
+    sums = torch.cat([ordered.new_zeros(1), ordered])[by_latent.starts]
+    return sums.diff().to(g.dtype)
+
+
+def reconstruct(
+    values: Float[Tensor, " nnz"],
+    W: Float[Tensor, "d_sae d"],
+    base: Float[Tensor, " d"] | Float[Tensor, "n d"],
+    target: Float[Tensor, "n d"],
+    selection: Selection,
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
+    """x̂_t = base + Σ_j f_tj W_j, and ‖target_t − x̂_t‖².
+
+    One pass over the chosen rows of W gives x̂, the error and ⟨error, W_j⟩, which is what the
+    gradient of the squared error by f_tj is made of.
+    """
+    x_hat, square = _Reconstruction.apply(values, W, base, target, selection, tape_for(W))
+    return x_hat, square
+
+
+class _Reconstruction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, W: Tensor, base: Tensor, target: Tensor, selection: Selection,
+        tape: Tape | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        residual, products = ops_for(W).reconstruct(
+            W, selection.offsets, selection.indices, values, (target - base).contiguous()
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values, W, residual, products)
+        ctx.selection, ctx.tape, ctx.base_dims = selection, tape, base.ndim
+        return target - residual, residual.square().sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, g_x_hat: Tensor | None, g_square: Tensor | None) -> Any:
+        values, W, residual, products = ctx.saved_tensors
+        selection: Selection = ctx.selection
+        ops = ops_for(W)
+        if g_square is None and g_x_hat is None:
+            return None, None, None, None, None, None
+        g = g_x_hat
+        if g_square is not None:
+            by_square = residual * (-2 * g_square).unsqueeze(1)
+            g = by_square if g_x_hat is None else by_square + g_x_hat
+        assert g is not None
+        g = g.contiguous()
+        g_values = g_W = g_base = None
+        if ctx.needs_input_grad[0]:
+            if g_square is not None and g_x_hat is None:
+                of_rows = torch.repeat_interleave(-2 * g_square, selection.offsets.diff())
+                g_values = products * of_rows
+            else:
+                g_values = ops.products(g, W, selection.offsets, selection.indices)
+        if ctx.needs_input_grad[1]:
+            factor = Factor(selection.by_latent(ops), values.detach(), g)
+            g_W = _gradient(ctx.tape, W, factor, ops)
+        if ctx.needs_input_grad[2]:
+            g_base = g.sum(0) if ctx.base_dims == 1 else g
+        g_target = None
+        if ctx.needs_input_grad[3] and g_square is not None:
+            g_target = residual * (2 * g_square).unsqueeze(1)
+        return g_values, g_W, g_base, g_target, None, None
+
+
+def per_latent(vector: Float[Tensor, " d_sae"], selection: Selection) -> Float[Tensor, " nnz"]:
+    """vector[j] of every entry; its gradient is summed in an order that does not vary."""
+    found: Tensor = _PerLatent.apply(vector, selection)
+    return found
+
+
+class _PerLatent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, selection: Selection) -> Tensor:
+        ctx.selection = selection
+        return vector[selection.indices.long()]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        selection: Selection = ctx.selection
+        return _summed_by_latent(selection.by_latent(ops_for(g)), g.contiguous()), None
+
+
+def rows_of(W: Float[Tensor, "d_sae d"], latents: Int64[Tensor, " m"]) -> Float[Tensor, "m d"]:
+    """W[latents], each at most once: the gradient is that of these rows alone."""
+    found: Tensor = _Rows.apply(W, latents, tape_for(W))
+    return found
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, latents: Tensor, tape: Tape | None) -> Tensor:
+        ctx.save_for_backward(W, latents)
+        ctx.tape = tape
+        return W[latents]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        W, latents = ctx.saved_tensors
+        ops, m = ops_for(W), len(latents)
+        offsets = torch.arange(m + 1, device=W.device)
+        by_latent = ops.by_latent(offsets, latents.int(), len(W))
+        factor = Factor(by_latent, g.new_ones(m), g.contiguous())
+        return _gradient(ctx.tape, W, factor, ops), None, None
+
+
+def _gradient(tape: Tape | None, W: Tensor, factor: Factor, ops: Ops) -> Tensor | None:
+    """What a backward pass returns for W."""
+    if tape is None:
+        return ops.weight_gradient(factor, len(W))
+    tape.add(W, factor)
+    return None
