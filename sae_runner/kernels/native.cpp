@@ -79,11 +79,12 @@ constexpr Bits INFINITE = sizeof(Bits) == 2 ? 0x7F80 : 0x7F800000;
 template <class Bits>
 constexpr Bits LEAST = std::numeric_limits<Bits>::min();
 
-template <class Bits>
-inline Bits key_of(Bits bits) {
-  const Bits sign = bits >> (8 * sizeof(Bits) - 1);  // 0 or −1
-  const Bits key = ((bits & std::numeric_limits<Bits>::max()) ^ sign) - sign;
-  return key > INFINITE<Bits> ? LEAST<Bits> : key;
+// T: Bits, or a register of them.
+template <class Bits, class T>
+inline T key_of(T bits) {
+  const T sign = bits >> (8 * sizeof(Bits) - 1);  // 0 or −1
+  const T key = ((bits & std::numeric_limits<Bits>::max()) ^ sign) - sign;
+  return key > INFINITE<Bits> ? T{} + LEAST<Bits> : key;
 }
 
 template <class Bits>
@@ -99,56 +100,72 @@ int64_t count_at_least(const Bits* keys, int64_t n, Bits cut) {
   return count;
 }
 
-// The k-th largest key, bit by bit: the largest number that at least k keys reach. 16 or 32 passes
+// The k-th largest key, bit by bit: the largest number that at least k keys reach. Some ten passes
 // over some hundred keys take less time than one pass that branches on each.
 template <class Bits>
 Bits kth_largest(const Bits* keys, int64_t n, int64_t k) {
-  int64_t found = LEAST<Bits>;
-  for (int bit = 8 * sizeof(Bits) - 1; bit >= 0; --bit) {
-    const int64_t higher = found + (int64_t{1} << bit);
-    if (count_at_least(keys, n, static_cast<Bits>(higher)) >= k) found = higher;
+  Bits least = keys[0], most = keys[0];
+#pragma omp simd reduction(min : least) reduction(max : most)
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits key = keys[i];  // With std::min the loop is not vectorised.
+    least = key < least ? key : least;
+    most = key > most ? key : most;
+  }
+  int64_t found = least;
+  for (int64_t bit = int64_t{1} << 32; bit; bit >>= 1) {
+    const int64_t higher = found + bit;
+    if (higher <= most && count_at_least(keys, n, static_cast<Bits>(higher)) >= k) found = higher;
   }
   return static_cast<Bits>(found);
 }
 
-// Write the k places whose keys are largest, ascending; of equal keys, the first.
+// Write the k places whose keys are largest, in their order; of equal keys, the first.
 template <class Bits, class Place>
 void write_largest(const Bits* keys, int64_t n, int64_t k, Place place, int32_t* out) {
-  const Bits least = kth_largest(keys, n, k);
-  int64_t above = least == std::numeric_limits<Bits>::max()
-                      ? 0 : count_at_least(keys, n, static_cast<Bits>(least + 1));
-  int64_t ties = k - above;
+  const Bits kth = kth_largest(keys, n, k);
+  const bool most = kth == std::numeric_limits<Bits>::max();
+  int64_t ties = k - (most ? 0 : count_at_least(keys, n, static_cast<Bits>(kth + 1)));
   for (int64_t i = 0, written = 0; written < k; ++i) {
-    out[written] = place(i);  // Written again where it was not among them: no branch to mispredict.
-    const bool tied = keys[i] == least && ties > 0;
+    out[written] = place(i);  // Stays if it is among them: no branch to mispredict.
+    const bool tied = keys[i] == kth && ties > 0;
     ties -= tied;
-    written += tied || keys[i] > least;
+    written += tied || keys[i] > kth;
   }
 }
 
+struct Hit {
+  int32_t first;
+  uint32_t lanes;
+};
+
 // Keys of a row that reach the cut, and their places; returns how many.
 template <class Bits>
-int64_t survivors(const Bits* row, int64_t n, Bits cut, Bits* keys, int32_t* places) {
+int64_t survivors(const Bits* row, int64_t n, Bits cut, Bits* keys, int32_t* places, Hit* hits) {
   int64_t found = 0, i = 0;
 #ifdef __AVX512BW__
-  // Some fifty of 12,288 reach it: whole registers are passed over at one comparison each.
+  // Some fifty of 12,288 do. First the registers that hold one: a branch on each register would be
+  // mispredicted at almost every hit, which doubles the time.
+  typedef Bits Register __attribute__((vector_size(64), aligned(sizeof(Bits)), may_alias));
   constexpr int64_t AT_ONCE = 64 / sizeof(Bits);
+  int64_t n_hits = 0;
   for (; i + AT_ONCE <= n; i += AT_ONCE) {
-    alignas(64) Bits here[AT_ONCE];
-    for (int64_t l = 0; l < AT_ONCE; ++l) here[l] = key_of(row[i + l]);
-    const __m512i all = _mm512_load_si512(here);
-    uint32_t reached = sizeof(Bits) == 2 ? _mm512_cmpge_epi16_mask(all, _mm512_set1_epi16(cut))
-                                         : _mm512_cmpge_epi32_mask(all, _mm512_set1_epi32(cut));
-    for (; reached; reached &= reached - 1) {
-      const int l = __builtin_ctz(reached);
-      places[found] = i + l;
-      keys[found++] = key_of(row[i + l]);
-    }
+    const auto all = (__m512i)key_of<Bits>(*reinterpret_cast<const Register*>(row + i));
+    const uint32_t lanes = sizeof(Bits) == 2
+                               ? _mm512_cmpge_epi16_mask(all, _mm512_set1_epi16(cut))
+                               : _mm512_cmpge_epi32_mask(all, _mm512_set1_epi32(cut));
+    hits[n_hits] = {static_cast<int32_t>(i), lanes};
+    n_hits += lanes != 0;
   }
+  for (int64_t h = 0; h < n_hits; ++h)
+    for (uint32_t lanes = hits[h].lanes; lanes; lanes &= lanes - 1) {
+      places[found] = hits[h].first + __builtin_ctz(lanes);
+      keys[found] = key_of<Bits>(row[places[found]]);
+      ++found;
+    }
 #endif
   for (; i < n; ++i) {
     places[found] = i;
-    keys[found] = key_of(row[i]);
+    keys[found] = key_of<Bits>(row[i]);
     found += keys[found] >= cut;
   }
   return found;
@@ -162,14 +179,17 @@ template <class Bits>
 Bits lower_bound(const Bits* row, int64_t n, int64_t k, Bits* keys) {
   const bool grouped = n >= 4 * GROUPS && k <= GROUPS / 2;
   if (!grouped) {
-    for (int64_t i = 0; i < n; ++i) keys[i] = key_of(row[i]);
+    for (int64_t i = 0; i < n; ++i) keys[i] = key_of<Bits>(row[i]);
     return kth_largest(keys, n, k);
   }
   std::fill(keys, keys + GROUPS, LEAST<Bits>);
   for (int64_t i = 0; i < n; i += GROUPS) {
     const int64_t groups = std::min(GROUPS, n - i);
 #pragma omp simd
-    for (int64_t g = 0; g < groups; ++g) keys[g] = std::max(keys[g], key_of(row[i + g]));
+    for (int64_t g = 0; g < groups; ++g) {
+      const Bits key = key_of<Bits>(row[i + g]), most = keys[g];
+      keys[g] = key > most ? key : most;
+    }
   }
   return kth_largest(keys, GROUPS, k);
 }
@@ -177,13 +197,15 @@ Bits lower_bound(const Bits* row, int64_t n, int64_t k, Bits* keys) {
 template <class Bits>
 void topk(const Bits* scores, int64_t n, int64_t S, int64_t k, int32_t* out, int64_t threads) {
   in_parallel(n, 16, threads, [=](int64_t begin, int64_t end) {
+    // Kept between calls: new pages would cost more than the search.
     thread_local std::vector<Bits> keys;
     thread_local std::vector<int32_t> places;
-    keys.resize(std::max(S, GROUPS) + 1), places.resize(S + 1);
+    thread_local std::vector<Hit> hits;
+    keys.resize(std::max(S, GROUPS) + 1), places.resize(S + 1), hits.resize(S / 16 + 1);
     for (int64_t t = begin; t < end; ++t) {
       const Bits* row = scores + t * S;
       const Bits cut = lower_bound(row, S, k, keys.data());
-      const int64_t found = survivors(row, S, cut, keys.data(), places.data());
+      const auto found = survivors(row, S, cut, keys.data(), places.data(), hits.data());
       write_largest(keys.data(), found, k, [&](int64_t i) { return places[i]; }, out + t * k);
     }
   });
@@ -230,9 +252,12 @@ class Gradient {
     }
   }
 
-  void row(int64_t j, float* grad) const {
+  // Write row j, and say whether the latent has any entry; without one the row is zero.
+  bool row(int64_t j, float* grad) const {
     std::fill(grad, grad + d, 0.0f);
+    bool any = false;
     for (int64_t f = 0; f < static_cast<int64_t>(factors.size()); ++f) {
+      any |= entries_of(f, j) > 0;
       if (entries_of(f, j) <= LONG) {
         add(factors[f], j, 0, d, grad);
       } else {
@@ -240,6 +265,7 @@ class Gradient {
         add_scaled(grad, 1.0f, sums[f].data() + place * d, d);
       }
     }
+    return any;
   }
 
  private:
@@ -295,13 +321,14 @@ struct DenormalsAreZero {
 
 extern "C" {
 
-// Of a step of Adam: what is one number for all weights.
+// What one step of Adam has in common for all weights. Adam's own form of it (Kingma and Ba 2015,
+// §2) spares a division: m̂ / (√v̂ + ε) = √(1 − β2^t) / (1 − β1^t) · m / (√v + ε √(1 − β2^t)).
 struct Step {
+  float scale;
   float new1;         // 1 − β1, from the caller: in float32, 1 − 0.999 is off by 5e-5 of itself
   float keep2, new2;  // β2, 1 − β2
-  float size;         // lr / (1 − β1^t)
-  float root2;        // √(1 − β2^t)
-  float eps, scale;
+  float size;         // lr √(1 − β2^t) / (1 − β1^t)
+  float eps;          // ε √(1 − β2^t)
 };
 
 void topk_bf16(const int16_t* scores, int64_t n, int64_t S, int64_t k, int32_t* out, int64_t threads) {
@@ -323,7 +350,7 @@ void rescore(const float* x, const float* W, const float* b, const int32_t* cand
         prefetch_ahead(W, d, candidates, t * m + c, end * m);
         scores[c] = dot(x + t * d, W + row[c] * d, d) + b[row[c]];
         std::memcpy(&keys[c], &scores[c], 4);
-        keys[c] = key_of(keys[c]);
+        keys[c] = key_of<int32_t>(keys[c]);
       }
       write_largest(keys.data(), m, k, [](int64_t c) { return c; }, best.data());
       for (int64_t i = 0; i < k; ++i) {
@@ -418,7 +445,7 @@ void gradient_norm2(const Factor* factors, int64_t n_factors, const float* W, in
   in_parallel(S, LATENTS, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> g(d);
     for (int64_t j = begin; j < end; ++j) {
-      gradient.row(j, g.data());
+      if (!gradient.row(j, g.data())) continue;
       if (W) remove_parallel(g.data(), W + j * d, d);
       double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -440,19 +467,18 @@ void adam(float* W, float* exp_avg, float* exp_avg_sq, uint16_t* shadow, const F
     for (int64_t j = begin; j < end; ++j) {
       float *__restrict w = W + j * d, *__restrict m = exp_avg + j * d;
       float* __restrict v = exp_avg_sq + j * d;
-      gradient.row(j, g);
-      if (unit) remove_parallel(g, w, d);
+      if (gradient.row(j, g) && unit) remove_parallel(g, w, d);
 #pragma omp simd
       for (int64_t c = 0; c < d; ++c) {
         const float grad = s.scale * g[c];
         m[c] += s.new1 * (grad - m[c]);
         v[c] = s.keep2 * v[c] + s.new2 * grad * grad;
-        w[c] -= s.size * m[c] / (std::sqrt(v[c]) / s.root2 + s.eps);
+        w[c] -= s.size * m[c] / (std::sqrt(v[c]) + s.eps);
       }
       if (unit) {
-        const float norm = length(w, d);
+        const float shrink = 1 / length(w, d);
 #pragma omp simd
-        for (int64_t c = 0; c < d; ++c) w[c] /= norm;
+        for (int64_t c = 0; c < d; ++c) w[c] *= shrink;
       }
       if (shadow) {
 #pragma omp simd

@@ -26,8 +26,7 @@ class _Step(ctypes.Structure):
     """What one step of Adam has in common for all weights, as native.cpp reads it."""
 
     _fields_ = [
-        (name, ctypes.c_float)
-        for name in ("new1", "keep2", "new2", "size", "root2", "eps", "scale")
+        (name, ctypes.c_float) for name in ("scale", "new1", "keep2", "new2", "size", "eps")
     ]
 
 
@@ -179,8 +178,9 @@ def adam_(
     if shadow is not None:
         _check("shadow", shadow, torch.bfloat16, (d_sae, d))
         written.append(shadow)
-    size, root2 = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-    numbers = _Step(1 - beta1, beta2, 1 - beta2, size, root2, eps, float(scale))
+    root = (1 - beta2**step) ** 0.5
+    size = lr * root / (1 - beta1**step)
+    numbers = _Step(float(scale), 1 - beta1, beta2, 1 - beta2, size, eps * root)
     _call("adam", W, exp_avg, exp_avg_sq, shadow, array, len(factors), d_sae, d, numbers, int(unit))
     torch.autograd.graph.increment_version(written)
 
