@@ -193,18 +193,23 @@ class Images(Dataset):
         return None if value is None or int(value) < 0 else int(value)  # -1: kept secret.
 
     def _label_names(self, features: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Names from the column's type; a column of strings is its own names, sorted."""
+        """Names from the column's type; strings are their own names, sorted; numbers count them."""
         column = self.columns["label_column"]
         self._index: dict[str, int] = {}
         if column is None:
             return None
         if names := getattr(features[column], "names", None):
             return tuple(names)
-        if getattr(features[column], "dtype", "") == "string" and not self.streaming:
-            names = sorted({v for s in self.sources for v in s.table.unique(column) if v})
-            self._index = {name: i for i, name in enumerate(names)}
-            return tuple(names)
-        return None
+        dtype = str(getattr(features[column], "dtype", ""))
+        if self.streaming or dtype.rstrip("0123456789") not in ("string", "int", "uint"):
+            return None
+        values = {v for s in self.sources for v in s.table.unique(column)} - {None, ""}
+        if dtype == "string":
+            self._index = {name: i for i, name in enumerate(sorted(values))}
+            return tuple(self._index)
+        n_classes, n_examples = 1 + max(values, default=-1), sum(len(s.table) for s in self.sources)
+        # Larger numbers are ids of something.
+        return tuple(map(str, range(n_classes))) if 0 < n_classes <= n_examples else None
 
     def _undecoded(self, table: Any) -> Any:
         """The columns that are used, images as bytes: decoding is ours, so that it can fail."""

@@ -191,6 +191,20 @@ def test_a_stream_holds_out_its_first_and_starts_again(parquet):
         build(parquet, streaming=True, n_heldout=3)
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([0, 2, -1, 2], ("0", "1", "2")), ([7, 1000, 12, 5], None), ([-1, -1, -1, -1], None)],
+)
+def test_numbers_without_names_are_their_own(tmp_path, labels, names):
+    """As of a table that was written without the classes. names; large ones are no classes."""
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"img": [picture(i) for i in range(4)], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    dataset = build(tmp_path / "a.parquet")
+    assert dataset.label_names == names
+    assert [e.label for e in dataset.load(range(4))] == [None if x < 0 else x for x in labels]
+
+
 def test_captions_from_labels_and_labels_from_strings(parquet, tmp_path):
     captioned = build(parquet, caption_template="a photo of a {}")
     assert captioned.load([1])[0].caption == "a photo of a dog"
