@@ -50,6 +50,7 @@ def main(job: Job) -> None:
         with log_to(run_dir / "run.log"):
             if pipeline.store_options.kind == "disk":
                 ensure_store(pipeline)
+                pipeline.release_model()
             if is_foreign:
                 folder = as_run(folder, run_dir, pipeline, job)
             evaluate(run_dir, pipeline, force=pipeline.root.force, folder=folder)

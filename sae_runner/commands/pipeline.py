@@ -5,6 +5,7 @@
 This is where configs end: what is handed on takes plain typed arguments.
 """
 
+import gc
 import inspect
 from collections.abc import Mapping
 from functools import cached_property
@@ -134,6 +135,15 @@ class Pipeline(StorePipeline):
                     evaluator.check(self.raw_dataset)
                 except ConfigError as error:
                     raise ConfigError(f"evaluators.{name}: {error}") from None
+
+    def release_model(self) -> None:
+        """Let go of the model once rows are stored, unless steps run it too.
+
+        Who asks for it again, such as an evaluator, loads it again.
+        """
+        if "model" in self.__dict__ and not objectives.runs_the_model(self):
+            del self.__dict__["model"]
+            gc.collect()  # Hooks and modules refer to each other.
 
     def build_dead_latents(self, sae: SAE) -> DeadLatents:
         """The strategy for latents of `sae` that do not fire."""

@@ -88,6 +88,7 @@ def main(jobs: Sequence[Job], memory_gb: float | None) -> list[Exception | None]
             check(run.job)
             if run.pipeline.store_options.kind == "disk":
                 ensure_store(run.pipeline)
+                run.pipeline.release_model()
     once = {run.folder: run for run in runs if run.error is None}  # Two jobs may be one run.
     going = sorted(once.values(), key=lambda run: run.stream)
     for _, sharing in itertools.groupby(going, key=lambda run: run.stream):

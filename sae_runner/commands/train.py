@@ -85,6 +85,7 @@ def main(job: Job) -> None:
     run_dir, force = pipeline.run_dir, pipeline.root.force
     if pipeline.store_options.kind == "disk":
         ensure_store(pipeline)
+        pipeline.release_model()
     with files.locked(run_dir):
         make_room(run_dir, force)
         try:

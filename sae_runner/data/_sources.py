@@ -21,6 +21,10 @@ _BLOCK = 2**20
 class OneSplit(DataError):
     """A folder that has one split only was asked for another."""
 
+    def __init__(self, message: str, only: str) -> None:
+        super().__init__(message)
+        self.only = only
+
 
 @dataclass
 class Source:
@@ -46,7 +50,8 @@ def open_source(
     Args:
         path: a .parquet, .arrow or .tar (webdataset) file, a glob of them, a folder (parquet,
             webdataset, images in folders named by class, or `save_to_disk`), or a hub name.
-        split: of a folder or hub dataset; files have none.
+        split: of a folder or hub dataset; files have none, and a `heldout_path` that has one alone
+            may call it otherwise.
         subset: of a hub dataset.
         revision: of a hub dataset.
         streaming: read in order, without making a local copy.
@@ -81,7 +86,12 @@ def open_source(
     except DataError:
         raise
     except Exception as error:  # A dozen kinds, by builder; each ends here as one line.
-        raise _explained(error, where, split, bool(files)) from None
+        found = _explained(error, where, split, bool(files))
+        if isinstance(found, OneSplit) and key == "heldout_path":  # All in it is held out.
+            return open_source(
+                path, found.only, subset=subset, revision=revision, streaming=streaming, key=key
+            )
+        raise found from None
     root = Path(path).expanduser() if Path(path).expanduser().is_dir() else files[0].parent
     chosen = split if root == Path(path).expanduser() else None
     return Source(table, {"files": content_hash(files, root), "split": chosen})
@@ -164,8 +174,9 @@ def _explained(error: Exception, where: str, split: str | None, is_local: bool) 
     if "no data" in reason or "BatchSize must be greater than 0" in reason:
         return DataError(f"{where}: no examples in it")
     if "split" in reason.lower() and isinstance(error, ValueError):
-        alone = is_local and re.search(r"one of \['[^']*'\]", reason)
-        return (OneSplit if alone else DataError)(f"{where}: no split {split!r}. {reason}")
+        message = f"{where}: no split {split!r}. {reason}"
+        alone = re.search(r"one of \['([^']*)'\]", reason) if is_local else None
+        return OneSplit(message, alone[1]) if alone else DataError(message)
     if is_local:
         return DataError(f"{where}: cannot be read ({reason})")
     return DataError(

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_runner.data._columns import NO_COLUMN
 from sae_runner.data._sources import local_files, open_source
 from sae_runner.data._streams import Stream, features_of
 from sae_runner.data._text_files import LABEL_NAMES, SUFFIXES, TEXT_NAMES, TextFiles
-from sae_runner.data.images import NO_COLUMN
 from sae_runner.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger("sae_runner")

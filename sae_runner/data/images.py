@@ -11,17 +11,11 @@ from PIL import Image
 
 from sae_runner.config import Fraction, NonNegative, Positive
 from sae_runner.data import DATASETS
+from sae_runner.data._columns import choose, require_columns
 from sae_runner.data._sources import OneSplit, fingerprint_of, open_source
 from sae_runner.data._streams import Stream, features_of, refuse_short_stream
 from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable, split_ids
-from sae_runner.errors import ConfigError, DataError, did_you_mean
-
-NO_COLUMN = "none"
-_NAMES = {
-    "image_column": ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values"),
-    "label_column": ("label", "labels", "fine_label", "cls", "class", "target"),
-    "caption_column": ("caption", "captions", "text", "txt", "sentence"),
-}
+from sae_runner.errors import ConfigError, DataError
 
 log = logging.getLogger("sae_runner")
 
@@ -105,6 +99,8 @@ class Images(Dataset):
             "caption_column": caption_column,
         }  # fmt: skip
         self.columns = {key: choose(key, given, features) for key, given in wanted.items()}
+        for source in self.sources[1:]:
+            require_columns(self.columns.values(), features_of(source, where), where)
         self.template = caption_template
         self.label_names = self._label_names(features)
         if self.template is not None and self.label_names is None:
@@ -156,9 +152,13 @@ class Images(Dataset):
             return [self._example(int(i), row) for i, row in self._stream.rows(ids)]
         n, found = len(self._tables[0]), dict[int, dict[str, Any]]()
         numbers = [int(i) for i in ids]
-        for table, start in zip(self._tables, (0, n), strict=False):
+        for table, start, own in zip(self._tables, (0, n), self._own_names, strict=False):
             mine = [i for i in numbers if start <= i < start + len(table)]
             columns = table[[i - start for i in mine]] if mine else {}
+            if own and mine:  # Numbers of classes that another table may count otherwise.
+                labels = columns[str(self.columns["label_column"])]
+                named = [own[x] if x is not None and x >= 0 else None for x in labels]
+                columns = {**columns, self.columns["label_column"]: named}
             for row, i in enumerate(mine):
                 found[i] = {name: values[row] for name, values in columns.items()}
         return [self._example(i, found[i]) for i in numbers]
@@ -196,9 +196,19 @@ class Images(Dataset):
         """Names from the column's type; strings are their own names, sorted; numbers count them."""
         column = self.columns["label_column"]
         self._index: dict[str, int] = {}
+        self._own_names: list[list[str] | None] = [None for _ in self.sources]
         if column is None:
             return None
         if names := getattr(features[column], "names", None):
+            others = [
+                getattr(s.table.features.get(column), "names", None) or names
+                for s in self.sources[1:]
+            ]
+            if any(other != names for other in others):  # Folders of classes, some of them absent.
+                self._own_names = [names, *others]
+                every = dict.fromkeys(name for own in self._own_names for name in own or ())
+                self._index = {name: i for i, name in enumerate(every)}
+                return tuple(every)
             return tuple(names)
         dtype = str(getattr(features[column], "dtype", ""))
         if self.streaming or dtype.rstrip("0123456789") not in ("string", "int", "uint"):
@@ -220,32 +230,6 @@ class Images(Dataset):
         if isinstance((table.features or {}).get(column), datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
         return table
-
-
-def choose(key: str, given: str | None, features: Mapping[str, Any]) -> str | None:
-    """The column that `dataset.<key>` names, or the likely one when it is None.
-
-    Raises:
-        DataError: no such column, or no image column that one could guess.
-    """
-    if given == NO_COLUMN and key != "image_column":
-        return None
-    if given is not None:
-        if given not in features:
-            raise DataError(
-                f"dataset.{key}={given}: no such column.{did_you_mean(given, features)}"
-            )
-        return given
-    kind = {"image_column": "Image", "label_column": "ClassLabel"}.get(key)
-    typed = [name for name, feature in features.items() if type(feature).__name__ == kind]
-    named = [name for name in _NAMES[key] if name in features]
-    found = next(iter([*typed, *named]), None)
-    if found is None and key == "image_column":
-        hint = did_you_mean("", features)
-        raise DataError(f"dataset.image_column=null: no column looks like images.{hint}")
-    if found is not None:
-        log.info("dataset.%s: took %r", key, found)
-    return found
 
 
 def decode(value: Any) -> Image.Image:

@@ -8,12 +8,14 @@ import numpy as np
 
 from sae_runner.config import NonNegative, Positive, ProperFraction
 from sae_runner.data import DATASETS
+from sae_runner.data._columns import require_columns
 from sae_runner.data._sources import fingerprint_of
 from sae_runner.data._streams import refuse_short_stream
 from sae_runner.data._text_files import TextFiles
 from sae_runner.data._text_records import (
     Records,
     Table,
+    columns_of,
     is_plain,
     label_column_of,
     open_records,
@@ -104,6 +106,8 @@ class Text(Dataset):
         self.label_column = None
         if kind == "labelled":
             self.label_column = label_column_of(self.records[0], label_column, self.text_column)
+        for records in self.records[1:]:
+            require_columns((self.text_column, self.label_column), columns_of(records), where)
         self._class_of, self.label_names = self._classes(label_names)
         if columns is not None and self.label_column is not None:
             self._refuse_names(columns)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
 from sae_runner.statistics import ActivationStats
+from sae_runner.training.trainer import Trainer
 
 COMMAND = [
     "model=toy", "device=cpu", "dataset.n_examples=3000", "dataset.d=16", "dataset.n_features=32",
@@ -263,3 +265,35 @@ def test_what_could_not_be_read_is_in_the_report(tmp_path, compose_job, caplog, 
     assert "unreadable examples, left out of the data: 1" in report["warnings"]
     named = [line for line in caplog.messages if "unreadable example" in line]
     assert len(named) == (2 if weights == "null" else 1)
+
+
+@pytest.mark.parametrize("launcher", ["basic", "together"])
+def test_the_model_is_gone_once_its_rows_are_stored(tmp_path, compose_job, monkeypatch, launcher):
+    from sae_runner.commands import store_pipeline, together, train
+
+    built, alive = [], []
+    build_model, advance = store_pipeline.build_model, Trainer.advance
+
+    def build(*args, **options):
+        model = build_model(*args, **options)
+        if not options["meta"]:
+            built.append(weakref.ref(model))
+        return model
+
+    def step(trainer, *args):
+        alive.append([ref() is not None for ref in built])
+        return advance(trainer, *args)
+
+    monkeypatch.setattr(store_pipeline, "build_model", build)
+    monkeypatch.setattr(Trainer, "advance", step)
+    job = compose_job(
+        "train", "model=mnist_mlp", "model.weights=random", "model.options.widths=[16]",
+        "dataset=digits", "dataset.n_examples=200", "dataset.n_heldout=20",
+        "trainer.n_tokens=256", "trainer.batch_size=128", "sae.k=4", "evaluators=[density]",
+        f"outputs={tmp_path / 'outputs'}",
+    )  # fmt: skip
+    if launcher == "basic":
+        train.main(job)
+    else:
+        assert together.main([job], None) == [None]
+    assert alive == [[False], [False]]

@@ -132,6 +132,30 @@ def test_a_folder_of_pictures_in_folders(tmp_path):
         assert example.label == number % 2
 
 
+def test_folders_of_pictures_for_training_and_for_what_is_held_out(tmp_path):
+    """As imagenet1k.yaml says; what is held out lacks a class and has one of its own."""
+    for split, names in (("train", ("ant", "cat", "frog")), ("val", ("cat", "eel"))):
+        for i, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            picture(i).save(tmp_path / split / name / f"{i}.png")
+    dataset = build(tmp_path / "train", heldout_path=str(tmp_path / "val"), heldout_split="val")
+    assert dataset.label_names == ("ant", "cat", "frog", "eel")
+    named = {
+        split: [dataset.label_names[e.label] for e in dataset.load(dataset.ids(split))]
+        for split in ("train", "heldout")
+    }
+    assert named == {"train": ["ant", "cat", "frog"], "heldout": ["cat", "eel"]}
+    assert numbers(dataset.load(range(5))) == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("lacking", ["image", "label"])
+def test_what_is_held_out_has_the_same_columns(parquet, tmp_path, lacking):
+    table(3).rename_column(lacking, "other").to_parquet(tmp_path / "test.parquet")
+    message = rf"dataset\.heldout_path=.*test\.parquet: no column '{lacking}', which .*other"
+    with pytest.raises(DataError, match=message):
+        build(parquet, heldout_path=str(tmp_path / "test.parquet"))
+
+
 def test_a_folder_with_one_split_holds_out_a_share_of_it(tmp_path, caplog):
     (tmp_path / "all").mkdir()
     for i in range(8):

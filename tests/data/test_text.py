@@ -153,6 +153,15 @@ def test_files_may_differ_in_the_order_of_their_columns_only(tmp_path):
         build(tmp_path / "*.csv")
 
 
+@pytest.mark.parametrize(("header", "lacking"), [("words,label", "text"), ("text,star", "label")])
+def test_what_is_held_out_has_the_same_columns(tmp_path, header, lacking):
+    (tmp_path / "a.csv").write_text("text,label\nfirst,1\nsecond,0\n")
+    (tmp_path / "b.csv").write_text(f"{header}\nthird,1\n")
+    message = rf"dataset\.heldout_path=.*b\.csv: no column '{lacking}', which "
+    with pytest.raises(DataError, match=message):
+        build(tmp_path / "a.csv", heldout_path=str(tmp_path / "b.csv"))
+
+
 def test_a_corpus_is_cut_at_its_separator(tmp_path):
     (tmp_path / "plays.txt").write_bytes(b"First.\r\nSpeech\r\n\r\n  \n\nSecond.\n\nThird.\n\n\n")
     dataset = build(tmp_path / "plays.txt", kind="corpus", document_separator="\n\n", heldout=0.34)
