@@ -16,8 +16,8 @@ from torch import Tensor
 from sae_runner.kernels.choice import ops_for
 
 Precision = Literal["fp32", "screened", "bf16"]
-SIGMAS = 6.0
-"""Standard deviations of a screen's rounding that a threshold is lowered by."""
+SCREEN_ERROR = 4 * 2.0**-9
+"""What a threshold is lowered by, in units of the rounding of a sum: see `screen_error`."""
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 2**29}
 """What a chunk of scores may take: on a CPU it should stay in cache until it is searched."""
 
@@ -84,14 +84,14 @@ class Selector:
         """All entries whose score exceeds their latent's floor."""
         half = self._half(W, 0)
         screened = half and self.precision == "screened"
-        error = screen_error(W) if screened else None
+        error = SCREEN_ERROR * screen_error(W) if screened else None
         parts = []
         for part, scores in self._chunks(x, W, b, half):
             if error is None:
                 rows, indices = (scores > floor).nonzero(as_tuple=True)
                 values = scores[rows, indices].to(W.dtype)
             else:
-                length = part.norm(dim=1, keepdim=True)
+                length = screen_error(part).unsqueeze(1)
                 least = floor - 2**-8 * (floor.abs() + b.abs())  # Which are rounded too.
                 rows, indices = (scores > least - length * error).nonzero(as_tuple=True)
                 counts = torch.bincount(rows, minlength=len(part))
@@ -170,11 +170,11 @@ class Selector:
         return kept
 
 
-def screen_error(W: Float[Tensor, "d_sae d"]) -> Float[Tensor, " d_sae"]:
-    """Bound on the rounding of a screen's ⟨x, W_j⟩, for ‖x‖ = 1: so many standard deviations.
+def screen_error(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """‖x‖₄ of each row: times ‖W_j‖₄ and `SCREEN_ERROR` it bounds the rounding of ⟨x, W_j⟩.
 
-    Each factor is off by a relative 2^-9 at most, at random, so a sum of d products is off by
-    about 2^-9 √(2/3) ‖x‖ ‖W_j‖ / √d.
+    Factors are off by a relative 2^-9 at most, at random, so the sum is off by less than
+    2^-9 √(Σ_i x_i² W_ji²), which is at most 2^-9 ‖x‖₄ ‖W_j‖₄ (Cauchy-Schwarz), a few times.
     """
-    error: Tensor = W.norm(dim=1) * (SIGMAS * 2.0**-9 / W.shape[1] ** 0.5)
-    return error
+    squares = x.square()
+    return torch.einsum("nd,nd->n", squares, squares).sqrt().sqrt()

@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 def step(
-    z: Float[Tensor, "n m"], threshold: Float[Tensor, " m"], bandwidth: float
-) -> Float[Tensor, "n m"]:
-    """H(z − θ): 1 where z > θ. No gradient flows to z."""
+    z: Float[Tensor, "..."], threshold: Float[Tensor, "..."], bandwidth: float
+) -> Float[Tensor, "..."]:
+    """H(z − θ), entry by entry: 1 where z > θ. No gradient flows to z."""
     ones: Tensor = _Step.apply(z, threshold, bandwidth)
     return ones
 
 
 def jump(
-    z: Float[Tensor, "n m"], threshold: Float[Tensor, " m"], bandwidth: float, *, to_z: bool
-) -> Float[Tensor, "n m"]:
-    """`z H(z − θ)`; with `to_z` the gradient of z has the jump's share, θ K / ε, too."""
+    z: Float[Tensor, "..."], threshold: Float[Tensor, "..."], bandwidth: float, *, to_z: bool
+) -> Float[Tensor, "..."]:
+    """`z H(z − θ)`, entry by entry; with `to_z` z's gradient has the jump's share, θ K / ε, too."""
     acts: Tensor = _Jump.apply(z, threshold, bandwidth, to_z)
     return acts
 
@@ -36,8 +36,8 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Float[Tensor, "n m"], threshold: Float[Tensor, " m"], bandwidth: float
-    ) -> Float[Tensor, "n m"]:
+        ctx: Any, z: Float[Tensor, "..."], threshold: Float[Tensor, "..."], bandwidth: float
+    ) -> Float[Tensor, "..."]:
         """Ones and zeros."""
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
@@ -48,7 +48,7 @@ class _Step(torch.autograd.Function):
         """Of the thresholds alone."""
         z, threshold = ctx.saved_tensors
         near = within(z, threshold, ctx.bandwidth)
-        return None, -(gradients[0] * near).sum(0) / ctx.bandwidth, None
+        return None, -(gradients[0] * near) / ctx.bandwidth, None
 
 
 class _Jump(torch.autograd.Function):
@@ -57,11 +57,11 @@ class _Jump(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z: Float[Tensor, "n m"],
-        threshold: Float[Tensor, " m"],
+        z: Float[Tensor, "..."],
+        threshold: Float[Tensor, "..."],
         bandwidth: float,
         to_z: bool,
-    ) -> Float[Tensor, "n m"]:
+    ) -> Float[Tensor, "..."]:
         """Z where it is above its threshold."""
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth, ctx.to_z = bandwidth, to_z
@@ -73,11 +73,11 @@ class _Jump(torch.autograd.Function):
         (gradient,), (z, threshold) = gradients, ctx.saved_tensors
         through = gradient * (z > threshold)
         jump = gradient * within(z, threshold, ctx.bandwidth) * (threshold / ctx.bandwidth)
-        return through + jump if ctx.to_z else through, -jump.sum(0), None, None
+        return through + jump if ctx.to_z else through, -jump, None, None
 
 
 def within(
-    z: Float[Tensor, "n m"], threshold: Float[Tensor, " m"], bandwidth: float
-) -> Bool[Tensor, "n m"]:
+    z: Float[Tensor, "..."], threshold: Float[Tensor, "..."], bandwidth: float
+) -> Bool[Tensor, "..."]:
     """Where K((z − θ) / ε) is 1."""
     return (z - threshold).abs() < bandwidth / 2

@@ -22,6 +22,8 @@ from sae_runner.saes._latents import Latents as Latents
 from sae_runner.saes._latents import sum_rows as sum_rows
 from sae_runner.saes._options import Common as Common
 from sae_runner.saes._options import width as width
+from sae_runner.saes._pre_acts import FEW, All, Few
+from sae_runner.saes._pre_acts import PreActs as PreActs
 from sae_runner.saes._weights import Weights
 from sae_runner.statistics import ActivationStats
 
@@ -125,6 +127,20 @@ class SAE(Weights):
                 scaled, self.W_enc_rows, self.b_enc, self.centre, latents.selection, latents.values
             )
         )
+
+    def above(self, scaled: Float[Tensor, "n d_in"], floor: Float[Tensor, " d_sae"]) -> PreActs:
+        """Pre-activations of which none at or below its latent's floor matters to a loss.
+
+        Some rows tell whether few are above it. They are of the batch, so that a resumed training
+        decides as one that was never stopped.
+        """
+        with torch.no_grad():
+            sample = self.pre_activations(scaled[:: -(-len(scaled) // 64)])
+            many = (sample > floor).float().mean() > FEW
+        if many:
+            return All(self.pre_activations(scaled))
+        entries = self.selector.above(self.centred(scaled), self.W_enc_rows, self.b_enc, floor)
+        return Few(self.scored(scaled, entries))
 
     def reconstruct(
         self, latents: Latents, target: Float[Tensor, "n d_out"], base: Tensor
@@ -317,8 +333,3 @@ class SAE(Weights):
         is saved for use.
         """
         raise NotImplementedError
-
-
-def count_active(acts: Float[Tensor, "n d_sae"]) -> Int64[Tensor, " d_sae"]:
-    """In how many rows each latent is active."""
-    return acts.detach().count_nonzero(dim=0)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from sae_runner.config import NonNegativeFloat
 from sae_runner.saes import SAES
+from sae_runner.saes._pre_acts import All
 from sae_runner.saes._weights import Weights
-from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
+from sae_runner.saes.base import SAE, Common, Loss, PreActs, TrainState
 
 
 @SAES.register("gated")
@@ -36,16 +37,17 @@ class Gated(SAE):
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
 
-    def gated(self, gate: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
+    def gated(self, gate: PreActs) -> Float[Tensor, "..."]:
         """Latents f from the gate's pre-activations π; what is open may still be 0."""
         scale = self.r_mag.exp()
         # exp(r_mag) ⊙ a + b_mag, with a = π − b_gate: one product with W_enc serves both paths.
-        magnitude = gate * scale + (self.b_mag - scale * self.b_enc)
-        return torch.where(gate > 0, magnitude.relu(), 0)
+        shift = gate.per_latent(self.b_mag - scale * self.b_enc)
+        magnitude = gate.z * gate.per_latent(scale) + shift
+        return torch.where(gate.z > 0, magnitude.relu(), 0)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """See `SAE.encode`."""
-        return self.gated(self.pre_activations(self.scaled(x)))
+        return self.gated(All(self.pre_activations(self.scaled(x))))
 
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
         """`error(x, x_hat) + λ Σ_i ReLU(π_i) + error(x, ReLU(π) W_dec + b_dec)`.
@@ -54,18 +56,18 @@ class Gated(SAE):
         as constants: what is frozen in one term must not be moved by the other.
         """
         scaled = self.scaled(x)
-        gate = self.pre_activations(scaled)
-        acts, opened = self.gated(gate), gate.relu()
-        x_hat = acts @ self.W_dec + self.b_dec
+        gate = self.above(scaled, torch.zeros_like(self.b_enc))
+        acts, opened = self.gated(gate), gate.z.relu()
+        x_hat, square = gate.reconstruct(acts, self.W_dec, self.b_dec, scaled)
         frozen = self.W_dec.detach()
-        by_gate = scaled - opened @ frozen - self.b_dec.detach()
-        l1 = opened.mean(0, dtype=frozen.dtype)
-        if self.decoder_norm == "free":
-            l1 = l1 * frozen.norm(dim=1)
+        by_gate = gate.reconstruct(opened, frozen, self.b_dec.detach(), scaled)[1]
+        free = self.decoder_norm == "free"
+        weights = frozen.norm(dim=1) if free else torch.ones_like(self.b_enc)
+        l1 = gate.weighted_sum(opened, weights) / len(x)
         return self.loss_of(
-            x, scaled, x_hat, count_active(acts),
-            l1=(self.l1_coefficient * state.penalty, l1.sum()),
-            gate_error=(1.0, self.error(by_gate.square().sum(1), scaled)[1]),
+            x, scaled, x_hat, gate.fired(acts), square,
+            l1=(self.l1_coefficient * state.penalty, l1),
+            gate_error=(1.0, self.error(by_gate, scaled)[1]),
         )  # fmt: skip
 
     @torch.no_grad()

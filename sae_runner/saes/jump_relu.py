@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from sae_runner.config import NonNegativeFloat, PositiveFloat
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
+from sae_runner.saes._pre_acts import All
 from sae_runner.saes._straight_through import jump, step
 from sae_runner.saes._weights import Weights
-from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
+from sae_runner.saes.base import SAE, Common, Loss, PreActs, TrainState
 from sae_runner.statistics import ActivationStats
 
 Penalty = Literal["step", "quadratic", "tanh"]
@@ -81,33 +82,43 @@ class JumpReLU(SAE):
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """See `SAE.encode`."""
-        return self.activate(self.pre_activations(self.scaled(x)))
+        return self.activate(All(self.pre_activations(self.scaled(x))))
 
-    def activate(self, pre_acts: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
+    def activate(self, pre_acts: PreActs) -> Float[Tensor, "..."]:
         """F of pre-activations, which are compared in the thresholds' precision."""
-        z = pre_acts.to(self.threshold.dtype)
+        z = pre_acts.z.to(self.threshold.dtype)
         to_z = self.penalty == "tanh"
-        return jump(z if to_z else z.relu(), self.threshold, self.bandwidth, to_z=to_z)
+        threshold = pre_acts.per_latent(self.threshold)
+        return jump(z if to_z else z.relu(), threshold, self.bandwidth, to_z=to_z)
+
+    def floor(self) -> Float[Tensor, " d_sae"]:
+        """What a pre-activation must exceed to be active, or to move its threshold.
+
+        That of a latent whose threshold is within half a bandwidth of 0 is moved by each ReLU(z)
+        that is 0, and so by all.
+        """
+        threshold = self.threshold.detach()
+        reach = 0.501 * self.bandwidth  # A little more than half, as sums are rounded.
+        floor = threshold - reach
+        return floor if self.penalty == "tanh" else floor.where(floor > 0, -torch.inf)
 
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
         """Squared error on scaled activations, and the penalty, mean over rows."""
         scaled = self.scaled(x)
-        pre_acts = self.pre_activations(scaled)
+        pre_acts = self.above(scaled, self.floor())
         acts = self.activate(pre_acts)
-        x_hat = acts @ self.W_dec + self.b_dec
+        x_hat, square = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
         term = (self.l0_coefficient * state.penalty, self.sparsity(pre_acts, acts))
         terms = {f"{self.penalty}_penalty": term}
-        return self.loss_of(x, scaled, x_hat, count_active(acts), None, **terms)
+        return self.loss_of(x, scaled, x_hat, pre_acts.fired(acts), square, **terms)
 
-    def sparsity(
-        self, pre_acts: Float[Tensor, "n d_sae"], acts: Float[Tensor, "n d_sae"]
-    ) -> Float[Tensor, ""]:
+    def sparsity(self, pre_acts: PreActs, acts: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """The penalty without its coefficient."""
         if self.penalty == "tanh":
-            norms: Tensor = self.W_dec.norm(dim=1)
-            return (self.tanh_scale * acts * norms).tanh().sum(1).mean()
-        z = pre_acts.to(self.threshold.dtype).relu()
-        l0 = step(z, self.threshold, self.bandwidth).sum(1).mean()
+            norms = pre_acts.per_latent(self.W_dec.norm(dim=1))
+            return (self.tanh_scale * acts * norms).tanh().sum() / pre_acts.n
+        z = pre_acts.z.to(self.threshold.dtype).relu()
+        l0 = step(z, pre_acts.per_latent(self.threshold), self.bandwidth).sum() / pre_acts.n
         off: Tensor = l0 / float(self.target_l0 or 1) - 1
         return l0 if self.penalty == "step" else off.square()
 

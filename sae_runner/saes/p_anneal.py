@@ -10,7 +10,7 @@ from sae_runner.config import Fraction, NonNegativeFloat, Positive, PositiveFloa
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
 from sae_runner.saes._weights import Weights
-from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
+from sae_runner.saes.base import SAE, Common, Loss, TrainState
 
 N_RECORDED = 10
 """Steps whose mean keeps the penalty continuous where p changes."""
@@ -98,31 +98,38 @@ class PAnneal(SAE):
         share = min(index, self.n_p - 1) / max(self.n_p - 1, 1)
         return self.p_start + (self.p_end - self.p_start) * share
 
-    def power_sum(self, acts: Float[Tensor, "n d_sae"], p: float) -> Float[Tensor, ""]:
-        """S_p of latents; by decoder norms where those are free."""
-        if self.decoder_norm == "free":
-            acts = acts * self.W_dec.norm(dim=1)
+    def power_sum(self, lengths: Float[Tensor, "..."], p: float, n: int) -> Float[Tensor, ""]:
+        """S_p of the latents of n rows."""
         if p == 1:
-            return acts.sum() / len(acts)
-        powers: Tensor = (acts + self.epsilon).pow(p) - self.epsilon**p
-        return powers.sum() / len(acts)
+            return lengths.sum() / n
+        powers: Tensor = (lengths + self.epsilon).pow(p) - self.epsilon**p
+        return powers.sum() / n
 
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
         """`squared error + λ S_p` on scaled activations."""
         scaled = self.scaled(x)
-        acts = self.pre_activations(scaled).relu()
-        x_hat = acts @ self.W_dec + self.b_dec
+        pre_acts = self.above(scaled, torch.zeros_like(self.b_enc))
+        acts = pre_acts.z.relu()
+        x_hat, square = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
+        lengths = acts  # Where decoder norms are free, what a latent adds to x̂ is as long.
+        if self.decoder_norm == "free":
+            lengths = acts * pre_acts.per_latent(self.W_dec.norm(dim=1))
         index = self.index_at(state.progress)
         self._take_up(index)
         p = self.p_of(index)
-        power_sum = self.power_sum(acts, p)
+        power_sum = self.power_sum(lengths, p, len(x))
         if self.changes_soon(state):
             with torch.no_grad():
-                following = self.power_sum(acts, self.p_of(index + 1))
+                following = self.power_sum(lengths, self.p_of(index + 1), len(x))
                 self._note(state.progress, torch.stack([power_sum, following]), len(x))
         coefficient = self.sparsity_coefficient * state.penalty
         loss = self.loss_of(
-            x, scaled, x_hat, count_active(acts), sparsity=(coefficient, self.p_scale * power_sum)
+            x,
+            scaled,
+            x_hat,
+            pre_acts.fired(acts),
+            square,
+            sparsity=(coefficient, self.p_scale * power_sum),
         )
         return loss._replace(parts={**loss.parts, "p": x_hat.new_tensor(p)})
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_runner.config import NonNegativeFloat
 from sae_runner.saes import SAES
 from sae_runner.saes._weights import Weights
-from sae_runner.saes.base import SAE, Common, Loss, TrainState, count_active
+from sae_runner.saes.base import SAE, Common, Loss, TrainState
 
 
 @SAES.register("relu")
@@ -37,13 +37,13 @@ class ReLU(SAE):
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
         """`squared error + λ Σ_i f_i ‖W_dec,i‖₂` on scaled activations, mean over rows."""
         scaled = self.scaled(x)
-        acts = self.pre_activations(scaled).relu()
-        x_hat = acts @ self.W_dec + self.b_dec
-        norms = self.W_dec.norm(dim=1)
-        # The mean over rows first: [n, d_sae] products would cost more than the decoder's input.
-        l1 = (acts.mean(0, dtype=norms.dtype) * norms).sum()
+        pre_acts = self.above(scaled, torch.zeros_like(self.b_enc))
+        acts = pre_acts.z.relu()
+        x_hat, square = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
+        l1 = pre_acts.weighted_sum(acts, self.W_dec.norm(dim=1)) / len(x)
         coefficient = self.l1_coefficient * state.penalty
-        return self.loss_of(x, scaled, x_hat, count_active(acts), l1=(coefficient, l1))
+        fired = pre_acts.fired(acts)
+        return self.loss_of(x, scaled, x_hat, fired, square, l1=(coefficient, l1))
 
     @torch.no_grad()
     def fold(self) -> Weights:

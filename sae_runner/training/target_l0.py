@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_runner.saes.base import SAE, count_active
+from sae_runner.saes.base import SAE
 from sae_runner.store.activations import Activations
 
 LEAST, MOST = 0.1, 6.0
@@ -123,7 +123,7 @@ class TargetL0:
     def heldout_l0(self, sae: SAE) -> float:
         """Mean L0 of these rows."""
         rows = (sae.input_of(part.to(sae.b_dec.device)) for part in self.heldout)
-        active = sum(int(count_active(sae.encode(part)).sum()) for part in rows)
+        active = sum(len(sae.encode_sparse(part).indices) for part in rows)
         return active / sum(map(len, self.heldout))
 
     def compare(self, l0: float) -> None:

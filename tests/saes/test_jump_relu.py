@@ -6,6 +6,7 @@ import torch
 
 from sae_runner.config import preset
 from sae_runner.errors import ConfigError
+from sae_runner.saes._pre_acts import All
 from sae_runner.saes._straight_through import jump, step
 from sae_runner.saes.base import TrainState
 
@@ -155,7 +156,7 @@ def test_both_sides_of_a_threshold_count():
 def test_the_l0_penalty_has_no_gradient_to_the_encoder(small, rows):
     for penalty in ("step", "quadratic"):
         sae, x = small(penalty), rows(30, D_IN).double()
-        z = sae.pre_activations(sae.scaled(x))
+        z = All(sae.pre_activations(sae.scaled(x)))
         sae.sparsity(z, sae.activate(z)).backward()
         assert sae.W_enc_rows.grad is None and sae.W_dec.grad is None
         assert (sae.threshold.grad != 0).any()

@@ -124,7 +124,7 @@ def test_the_penalty_is_continuous_over_the_last_ten_steps(small, rows):
 def test_the_next_power_sum_is_computed_in_the_ten_steps_before_a_change(small, rows, n_steps):
     sae, x, seen, used = small(), rows(4, D_IN).double(), [], []
     real = sae.power_sum
-    sae.power_sum = lambda acts, p: (seen.append(p), real(acts, p))[1]
+    sae.power_sum = lambda acts, p, n: (seen.append(p), real(acts, p, n))[1]
     for t in range(n_steps):
         seen.clear()
         sae.loss(x, TrainState(1.0, t / n_steps, 1 / n_steps))

@@ -1,0 +1,104 @@
+"""What is chosen, against the whole product of rows and latents."""
+
+import pytest
+import torch
+
+from sae_runner.kernels import selection
+from sae_runner.kernels.selection import SCREEN_ERROR, Selector, screen_error
+
+N, D, S = 150, 24, 700
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(N, D, generator=generator)
+    W = torch.randn(S, D, generator=generator)
+    b = 0.3 * torch.randn(S, generator=generator)
+    return x, W, b
+
+
+@pytest.fixture(params=["fp32", "screened"])
+def selector(request, monkeypatch):
+    monkeypatch.setattr(selection, "CHUNK_BYTES", {"cpu": 50_000, "cuda": 0})  # Several chunks.
+    return Selector(request.param)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, S])
+def test_top_is_that_of_the_whole_product(problem, selector, k):
+    x, W, b = problem
+    scores = x.double() @ W.double().T + b.double()
+    expected = scores.topk(k, dim=1)
+    for _ in range(2):  # Buffers are used again.
+        values, indices = selector.top(x, W, b, k)
+        order = values.sort(dim=1, descending=True)
+        torch.testing.assert_close(order.values.double(), expected.values, rtol=1e-5, atol=1e-5)
+        assert (
+            indices.gather(1, order.indices)
+            .sort(1)
+            .values.equal(expected.indices.int().sort(1).values)
+        )
+
+
+def test_a_screen_without_spare_candidates_would_choose_others(problem):
+    x, W, b = problem
+    exact = Selector("fp32").top(x, W, b, 20)[1].sort(1).values
+    half = Selector("bf16").top(x, W, b, 20)[1].sort(1).values
+    assert (exact != half).any(1).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("level", [-1.0, 4.0, 1e6])
+def test_above_is_all_that_exceeds_its_floor(problem, selector, level):
+    x, W, b = problem
+    floor = level + torch.linspace(-1, 1, S)
+    scores = x @ W.T + b
+    found = selector.above(x, W, b, floor)
+    rows, indices = (scores > floor).nonzero(as_tuple=True)
+    assert found.offsets.equal(
+        torch.cat([torch.zeros(1, dtype=torch.int64), (scores > floor).sum(1).cumsum(0)])
+    )
+    assert found.indices.equal(indices.int())
+    torch.testing.assert_close(found.values, scores[rows, indices], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_wanted", [0, 1, 1500, 60_000, N * S])
+def test_largest_are_those_of_the_whole_batch(problem, selector, n_wanted):
+    x, W, b = problem
+    flat = (x @ W.T + b).flatten()
+    best = flat.topk(n_wanted).indices.sort().values
+    best = best[flat[best] > 0]
+    found = selector.largest(x, W, b, n_wanted)
+    rows = torch.repeat_interleave(torch.arange(N), found.offsets.diff())
+    assert (rows * S + found.indices).equal(best)
+    torch.testing.assert_close(found.values, flat[best], rtol=1e-5, atol=1e-5)
+
+
+def test_a_floor_that_was_guessed_too_high_is_noticed(selector):
+    x = torch.zeros(640, 4)
+    x[::10, 0], x[1::10, 0] = 1.0, 0.5  # The rows that are sampled are the larger.
+    W = torch.cat([torch.eye(4), -torch.eye(4)])
+    found = selector.largest(x, W, torch.zeros(8), 128)
+    assert len(found.values) == 128 and found.values.min() == 0.5
+
+
+@pytest.mark.parametrize("outlier", [1.0, 30.0])
+def test_the_bound_of_a_screens_rounding_holds_and_is_no_exaggeration(outlier):
+    generator = torch.Generator().manual_seed(5)
+    x, W = torch.randn(600, 48, generator=generator), torch.randn(900, 48, generator=generator)
+    x[:, 7] *= outlier  # A coordinate that dominates, as models have them.
+    W[:, 7] *= outlier
+    exact = x.double() @ W.double().T
+    off = (x.bfloat16().double() @ W.bfloat16().double().T - exact).abs()
+    bound = SCREEN_ERROR * torch.outer(screen_error(x), screen_error(W))
+    assert (off <= bound).all() and (off > bound / 4).any()
+
+
+def test_a_shadow_is_used_while_it_is_that_of_the_weights(problem):
+    x, W, b = problem
+    selector, other = Selector("bf16"), torch.randn(S, D)
+    selector.shadow_of(W).copy_(other)
+    selector.shadow_written(W)
+    expected = Selector("bf16").top(x, other, b, 3)[1]
+    assert selector.top(x, W, b, 3)[1].equal(expected)
+    W.mul_(2)  # Now it is not.
+    assert selector.top(x, W, b, 3)[1].equal(Selector("bf16").top(x, W, b, 3)[1])
