@@ -204,13 +204,9 @@ def _scalars(
 
 
 def _gradient_of(factors: list[Factor]) -> tuple[list[Tensor], dict[str, Any]]:
-    """What the kernels over latents take: the tensors of two factors, and their shapes.
-
-    Raises:
-        ValueError: for other than one or two factors.
-    """
-    if len(factors) not in (1, 2):
-        raise ValueError(f"{len(factors)} factors: a gradient is the sum of one or two")
+    """What the kernels over latents take: the tensors of two factors, and their shapes."""
+    if len(factors) > 2:
+        factors = [_joined(factors)]
     d = factors[0].dense.shape[1]
     width = _power(d)
     tensors = [
@@ -224,6 +220,28 @@ def _gradient_of(factors: list[Factor]) -> tuple[list[Tensor], dict[str, Any]]:
         "ENTRIES": max(1, min(16, 512 * warps // width)), "num_warps": warps,
     }  # fmt: skip
     return (tensors if len(factors) == 2 else tensors * 2), meta
+
+
+def _joined(factors: list[Factor]) -> Factor:
+    """One factor that stands for the sum of all; each latent's entries in the order of factors."""
+    starts = torch.stack([factor.by_latent.starts for factor in factors]).sum(0)
+    rows, entries = (
+        factors[0].by_latent.rows.new_empty(sum(len(factor.coefs) for factor in factors))
+        for _ in range(2)
+    )
+    free, n_rows, n_entries = starts[:-1].clone(), 0, 0
+    for (own, of_rows, of_entries), coefs, dense in factors:
+        counts, nnz = own.diff(), len(coefs)
+        shift = torch.repeat_interleave(free - own[:-1], counts, output_size=nnz)
+        places = shift + torch.arange(nnz, device=shift.device)
+        rows[places] = of_rows + n_rows
+        entries[places] = of_entries + n_entries
+        free, n_rows, n_entries = free + counts, n_rows + len(dense), n_entries + nnz
+    return Factor(
+        ByLatent(starts, rows, entries),
+        torch.cat([factor.coefs for factor in factors]),
+        torch.cat([factor.dense for factor in factors]),
+    )
 
 
 def _segment_sums(factor: Factor) -> Float32[Tensor, "segments d"]:

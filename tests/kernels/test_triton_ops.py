@@ -341,7 +341,15 @@ def test_adam(firing, unit, both, on_device):
     torch.testing.assert_close(shadow, found[0].bfloat16(), rtol=tolerance, atol=0)
 
 
-def test_one_or_two_factors(device):
-    made, _ = factor(torch.ones(1, 2, dtype=torch.bool), 2, 3, device)
-    with pytest.raises(ValueError, match="3 factors"):
-        triton_ops.gradient_norm2([made] * 3, None)
+def test_more_than_two_factors(firing):
+    """Of different rows and latents, one of them without an entry."""
+    fired, d_sae, d, device = firing
+    others = [torch.rand(n, d_sae) < share for n, share in ((4, 0.5), (2, 0.0), (7, 0.3))]
+    made = [factor(who, d_sae, d, device) for who in (fired, *others)]
+    factors, gradient = [part for part, _ in made], sum(dense for _, dense in made)
+    joined = triton_ops._joined(factors)
+    close(triton_ops.weight_gradient(joined, d_sae), gradient)
+    counts = joined.by_latent.starts.diff()
+    assert counts.tolist() == sum(who.sum(0) for who in (fired, *others)).tolist()
+    found = triton_ops.gradient_norm2(factors, None)
+    assert found.item() == pytest.approx(gradient.square().sum().item(), rel=1e-5)
