@@ -162,7 +162,9 @@ class _Reconstruction(torch.autograd.Function):
         g_values = g_W = g_base = None
         if ctx.needs_input_grad[0]:
             if g_square is not None and g_x_hat is None:
-                of_rows = torch.repeat_interleave(-2 * g_square, selection.offsets.diff())
+                of_rows = torch.repeat_interleave(  # Of a size that no device is asked for.
+                    -2 * g_square, selection.offsets.diff(), output_size=len(products)
+                )
                 g_values = products * of_rows
             else:
                 g_values = ops.products(g, W, selection.offsets, selection.indices)

@@ -83,6 +83,12 @@ class Latents:
             torch.arange(len(self), device=self.offsets.device), self.counts
         )
 
+    @property
+    def fired(self) -> Int64[Tensor, " d_sae"]:
+        """In how many rows each latent is active; a device is not waited for."""
+        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.indices.device)
+        return counts.index_add_(0, self.indices, (self.values != 0).long())
+
     @cached_property
     def selection(self) -> Selection:
         """Which entries they are, for operations on selected latents."""

@@ -80,9 +80,8 @@ class BatchTopK(SAE):
         self, x: Float[Tensor, "n d_in"], scaled: Float[Tensor, "n d_in"], latents: Latents
     ) -> Loss:
         """The loss of a batch, given the latents that were selected."""
-        fired = torch.bincount(latents.indices, minlength=self.d_sae)
         x_hat, square = self.reconstruct(latents, scaled, self.b_dec)
-        return self.loss_of(x, scaled, x_hat, fired, square)
+        return self.loss_of(x, scaled, x_hat, latents.fired, square)
 
     def settle(self, progress: float) -> None:
         """See `SAE.settle`."""

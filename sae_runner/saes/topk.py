@@ -132,8 +132,7 @@ class TopK(SAE):
             pre_acts, indices = self.select(scaled, k)
         latents = self.chosen(scaled, pre_acts, indices)
         x_hat, square = self.reconstruct(latents, target, base)
-        fired = torch.bincount(latents.indices[latents.values != 0], minlength=self.d_sae)
-        return self.loss_of(x, target, x_hat, fired, square, **terms)
+        return self.loss_of(x, target, x_hat, latents.fired, square, **terms)
 
     def settle(self, progress: float) -> None:
         """See `SAE.settle`."""

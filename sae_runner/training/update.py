@@ -38,6 +38,8 @@ class Update:
         self.ops = ops_for(sae.b_dec)
         self.by_rows = options.n_parts == 1 and self.ops is not torch_ops
         self.tape: Tape | None = None
+        # Of weights whose last step was by rows, its number: a device is not asked at every step.
+        self._steps = dict[Tensor, int]()
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
@@ -66,8 +68,7 @@ class Update:
                 if parameter.grad is not None:
                     parameter.grad.mul_(clip)
         self.optimizer.step()
-        for W, parts in factors.items():
-            self._step_rows(W, parts, lr, clip)
+        self._steps = {W: self._step_rows(W, parts, lr, clip) for W, parts in factors.items()}
         self.sae.after_step(normalised=any(self._is_unit(W) for W in factors))
         return norm
 
@@ -93,20 +94,23 @@ class Update:
             squares.append(self.ops.gradient_norm2(parts, W if self._is_unit(W) else None))
         return torch.stack(squares).sum().sqrt().float()
 
-    def _step_rows(self, W: Tensor, parts: list[Factor], lr: float, clip: float | Tensor) -> None:
+    def _step_rows(self, W: Tensor, parts: list[Factor], lr: float, clip: float | Tensor) -> int:
+        """Adam's step by rows, and which one it was of W."""
         state = self.optimizer.state[W]
         if not state:
             on_cpu = W.device.type == "cpu"
             state["step"] = torch.zeros((), device="cpu" if on_cpu else W.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(W), torch.zeros_like(W)
+        step = 1 + (self._steps[W] if W in self._steps else int(state["step"]))
         state["step"] += 1
         selector, shadow = self.sae.selector, None
         if W is self.sae.W_enc_rows and selector.precision != "fp32":
             shadow = selector.shadow_of(W)
         self.ops.adam_(
             W, state["exp_avg"], state["exp_avg_sq"], parts, lr=lr, beta1=self.options.beta1,
-            beta2=self.options.beta2, eps=self.options.eps, step=int(state["step"]), scale=clip,
+            beta2=self.options.beta2, eps=self.options.eps, step=step, scale=clip,
             unit=self._is_unit(W), shadow=shadow,
         )  # fmt: skip
         if shadow is not None:
             selector.shadow_written(W)
+        return step

@@ -85,6 +85,23 @@ def test_a_gradient_that_is_partly_dense_is_added_up(make, rows, options):
     torch.testing.assert_close(other.W_dec, sae.W_dec, rtol=1e-4, atol=1e-6)
 
 
+@native
+def test_dense_steps_are_counted_among_those_by_rows(make, rows, options):
+    sae, x = make("topk", D_IN, D_SAE, decoder_norm="free"), rows(32, D_IN)
+    other = copy.deepcopy(sae)
+    for mine, kernels in ((sae, "torch"), (other, "auto")):
+        with using(kernels):
+            update = Update(mine, options(clip_grad_norm=None, micro_batch_size=None), 1e-3)
+            for step in range(6):
+                with update.gradients():
+                    total = mine.loss(x, TrainState()).total
+                    dense = mine.W_dec.square().sum() if step in (2, 3) else 0
+                    (total + dense).backward()
+                    update.step(1e-3, measured=False)
+    assert update.optimizer.state[other.W_dec]["step"] == 6
+    torch.testing.assert_close(other.W_dec, sae.W_dec, rtol=0, atol=2e-5)
+
+
 def test_a_norm_is_measured_where_it_is_wanted(make, rows, options):
     sae, x = make("topk", D_IN, D_SAE), rows(32, D_IN)
     update = Update(sae, options(clip_grad_norm=None, micro_batch_size=None), 1e-3)
