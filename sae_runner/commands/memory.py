@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from sae_runner.commands import objectives
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.config import resolve_device
+from sae_runner.kernels.choice import fused, ops_on
+from sae_runner.kernels.selection import CHUNK_BYTES
 from sae_runner.meters import peak_rss_bytes
 from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import HookedModel, Inputs, Model, SiteInfo
@@ -46,19 +49,26 @@ def caching(pipeline: Pipeline, infos: Sequence[SiteInfo], n_rows: int) -> list[
 def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
     """Training, with rows from a store of `n_rows`."""
     options, store = pipeline.train_options, pipeline.store_options
+    device = torch.device(resolve_device(pipeline.root.device))
     size = sum(p.numel() * p.element_size() for p in sae.parameters())
     batch = options.micro_batch_size or options.batch_size
     row = 4 * sae.d_in
     mixed = min(n_rows, max(store.mix_rows, store.window_rows))
     sample = 3 * min(n_rows, N_SAMPLE) * row  # With the temporaries of a geometric median.
+    by_rows = sae.sparse and options.n_parts == 1 and fused(ops_on(device))
+    screened = sae.sparse and options.precision_on(device) != "fp32"
+    # Chunks of scores, and of few entries of each row their score, place and gradient.
+    dense = batch * 4 * sae.d_sae
+    latents = min(dense, CHUNK_BYTES.get(device.type, dense)) if sae.sparse else 3 * dense
     parts = [
         Part("parameters", size, "device"),
-        Part("gradients", size, "device"),
+        Part("gradients", 0 if by_rows else size, "device"),
+        Part("encoder in half precision", size / 4 if screened else 0, "device"),
         Part("Adam's moments", 2 * size, "device"),
         Part("averaged weights", size if options.ema is not None else 0, "device"),
         # Normalising the decoder, or the copy that a checkpoint is written from.
         Part("temporaries of a step", max(2 * size, sample), "device"),
-        Part("activations of a batch", batch * (3 * 4 * sae.d_sae + 6 * row), "device"),
+        Part("activations of a batch", latents + batch * 6 * row, "device"),
         Part("rows mixed", mixed * (sae.d_in * DTYPES[store.dtype].itemsize + 24), "host"),
         Part("batches read ahead", (store.prefetch + 2) * options.batch_size * row, "host"),
     ]

@@ -27,9 +27,19 @@ def using(kernels: Kernels) -> Iterator[None]:
 
 def ops_for(W: Tensor) -> Ops:
     """The operations on weights like W; what is fast is so in float32 alone."""
-    if W.dtype == torch.float32 and _kernels.get() == "auto":
-        if W.device.type == "cpu" and native_ops.available():
+    return ops_on(W.device) if W.dtype == torch.float32 else cast(Ops, torch_ops)
+
+
+def ops_on(device: torch.device) -> Ops:
+    """The operations on float32 weights on a device."""
+    if _kernels.get() == "auto":
+        if device.type == "cpu" and native_ops.available():
             return cast(Ops, native_ops)
-        if W.device.type == "cuda" and triton_ops.available():
+        if device.type == "cuda" and triton_ops.available():
             return cast(Ops, triton_ops)
     return cast(Ops, torch_ops)
+
+
+def fused(ops: Ops) -> bool:
+    """Whether its Adam is faster than PyTorch's on a gradient that is written out."""
+    return ops is not torch_ops

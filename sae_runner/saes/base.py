@@ -87,6 +87,8 @@ class SAE(Weights):
     """Why a model's output cannot stand in for the error of its reconstruction, if it cannot."""
     pre_act_refused: ClassVar[str] = ""
     """Why raising a pre-activation to its threshold would make no latent fire, if it would not."""
+    sparse: ClassVar[bool] = False
+    """Whether its loss never makes [n, d_sae] latents, so that its gradients are sparse too."""
     calibrates: ClassVar[bool] = False
     """Whether it has a threshold that `calibrate` must measure before it is saved."""
 

@@ -33,6 +33,7 @@ class BatchTopK(SAE):
     """
 
     kind = "batch_topk"
+    sparse = True
     pre_act_refused = "a latent fires by being among the largest, not by passing a threshold"
     calibrates = True
     threshold: Tensor

@@ -32,6 +32,7 @@ class TopK(SAE):
     """
 
     kind = "topk"
+    sparse = True
     pre_act_refused = "a latent fires by being among the k largest, not by passing a threshold"
 
     def __init__(

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sae_runner.kernels import torch_ops
 from sae_runner.kernels.autograd import Tape, taped
 from sae_runner.kernels.base import Factor
-from sae_runner.kernels.choice import ops_for
+from sae_runner.kernels.choice import fused, ops_for
 from sae_runner.saes.base import SAE
 from sae_runner.training.options import TrainOptions
 
@@ -36,7 +35,7 @@ class Update:
             fused=device in ("cpu", "cuda"),
         )  # fmt: skip
         self.ops = ops_for(sae.b_dec)
-        self.by_rows = options.n_parts == 1 and self.ops is not torch_ops
+        self.by_rows = options.n_parts == 1 and fused(self.ops)
         self.tape: Tape | None = None
         # Of weights whose last step was by rows, its number: a device is not asked at every step.
         self._steps = dict[Tensor, int]()

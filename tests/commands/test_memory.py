@@ -5,6 +5,8 @@ from torch import nn
 from sae_runner.commands import memory
 from sae_runner.commands.memory import Part
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.kernels import native_ops
+from sae_runner.kernels.choice import using
 from sae_runner.models.base import HookedModel, Inputs, Tap
 
 
@@ -59,7 +61,7 @@ def parts(compose_job, small):
 
 def test_what_training_holds(parts):
     size = 4 * (2 * 16 * 128 + 16 + 128)
-    found = parts()
+    found = parts("sae=relu")
     assert found["parameters"].n_bytes == found["gradients"].n_bytes == size
     assert found["Adam's moments"].n_bytes == 2 * size
     # Dense latents of a batch of 256, some copies of them.
@@ -68,9 +70,24 @@ def test_what_training_holds(parts):
     assert found["batches read ahead"].n_bytes >= 4 * 256 * 16 * 4
 
 
+def test_a_sparse_step_holds_no_dense_latents(parts):
+    batch = "activations of a batch"
+    wide = ("sae.expansion=null", "sae.d_sae=65536")
+    dense, sparse = parts("sae=relu", *wide), parts("sae=topk", *wide)
+    assert sparse[batch].n_bytes < dense[batch].n_bytes / 5
+    with using("torch"):
+        assert parts("sae=topk")["gradients"].n_bytes == parts()["parameters"].n_bytes
+    if native_ops.available():
+        assert parts("sae=topk")["gradients"].n_bytes == 0
+        assert parts("sae=topk", "trainer.micro_batch_size=64")["gradients"].n_bytes > 0
+    half = parts("sae=topk", "trainer.precision=screened")["encoder in half precision"]
+    assert half.n_bytes == pytest.approx(2 * 16 * 128, rel=0.05)
+
+
 def test_options_that_are_there_to_save_memory_do(parts):
     batch = "activations of a batch"
-    assert parts("trainer.micro_batch_size=64")[batch].n_bytes == parts()[batch].n_bytes / 4
+    parted = parts("sae=relu", "trainer.micro_batch_size=64")[batch]
+    assert parted.n_bytes == parts("sae=relu")[batch].n_bytes / 4
     assert (
         parts("store.mix_rows=1024")["rows mixed"].n_bytes
         == parts(n_rows=1024)["rows mixed"].n_bytes
