@@ -1,5 +1,6 @@
 import ast
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from sae_runner import meters
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_the_peak_is_in_the_same_unit_on_every_system(monkeypatch, platform, unit):
     monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(meters, "STATUS", Path("/there/is/none"))
     monkeypatch.setattr(
         resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=300 * 2**20 // unit)
     )
@@ -26,6 +28,15 @@ def test_it_is_what_the_process_held_at_its_peak():
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
     assert meters.peak_rss_bytes() == pytest.approx(int(line.split()[1]) * 1024, rel=0.05)
     assert meters.peak_rss_bytes() > held.nbytes
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_it_is_not_the_peak_of_who_started_the_process():
+    held = np.ones(2**25)
+    code = "from sae_runner.meters import peak_rss_bytes; print(peak_rss_bytes())"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < held.nbytes
 
 
 def test_nothing_else_asks_the_system():

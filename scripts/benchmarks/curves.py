@@ -1,0 +1,134 @@
+"""One training three times, from the same weights and batches, and a figure of the three losses.
+
+By the dense definition (autograd through all latents, a dense Adam), by the sparse path on
+PyTorch's operations, and by the native kernels, the latter two with `trainer.precision=auto`.
+Further words are `key=value` of `sae-run train`, such as `dataset.path=…`; the figure is
+written as PNG and SVG where --figures says.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.cache import composed
+from benchmarks.results import Ratio, Result, native_level
+from benchmarks.trainers import trainer_on
+from sae_runner.commands.cache import ensure_store
+from sae_runner.config import construct
+from sae_runner.kernels.choice import Kernels, using
+from sae_runner.report.style import COLOURS, house_style, new_figure, save
+from sae_runner.saes.base import SAE, Loss, TrainState
+from sae_runner.saes.topk import TopK
+from sae_runner.store.activations import Activations
+
+DEFINITION = "dense definition, float32"
+
+
+class DenseTopK(TopK):
+    """TopK as it is defined: through dense latents."""
+
+    def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
+        """See `TopK.loss`."""
+        acts = self.encode(x)
+        return self.loss_of(
+            x, self.scaled(x), self.decode_scaled(acts), acts.detach().count_nonzero(0)
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its own options."""
+    parser.add_argument("--model", default="minilm", help="model option")
+    parser.add_argument("--examples", type=int, default=8192)
+    parser.add_argument("--train-steps", type=int, default=300)
+    parser.add_argument("--figures", type=Path, default=Path("outputs/benchmarks"))
+
+
+def run(options: argparse.Namespace, folder: Path) -> Result:
+    """See the module."""
+    words = [f"model={options.model}", *options.overrides]
+    if not any(word.startswith("dataset.n_examples") for word in words):
+        words.append(f"dataset.n_examples={options.examples}")
+    pipeline = composed(words, folder)
+    ensure_store(pipeline)
+    store, sae = pipeline.open_store(), pipeline.build_sae(pipeline.site.d)
+    if type(sae) is not TopK:
+        raise SystemExit(f"sae={sae.kind}: the curves are of topk")
+    trainer = dict(pipeline.cfg["trainer"])
+    own = {**trainer, "n_tokens": options.train_steps * trainer["batch_size"]}
+    own.pop("objective", None)
+    paths: dict[str, tuple[Kernels, dict[str, Any]]] = {
+        DEFINITION: ("torch", {"precision": "fp32"}),
+        "sparse, PyTorch": ("torch", {}),
+    }
+    if native_level():
+        paths["sparse, native kernels"] = ("auto", {})
+    curves = {}
+    for name, (kernels, precision) in paths.items():
+        kind = DenseTopK if name == DEFINITION else TopK
+        with using(kernels):
+            losses = losses_of(store, sae, kind, {**own, **precision}, pipeline.dead_latents)
+            curves[name] = np.array(list(losses))
+        print(f"{name:28} loss {curves[name][0]:.6f} … {curves[name][-1]:.6f}")
+    return drawn(curves, options, f"{options.model}, {pipeline.site.name}, {sae.d_sae} latents")
+
+
+def losses_of(
+    store: Activations,
+    like: SAE,
+    kind: type[TopK],
+    own: dict[str, Any],
+    dead_latents: dict[str, Any],
+) -> Iterator[float]:
+    """The loss of each step of a training."""
+    sae = construct(kind, without_type(like.config()), where="sae", d_in=like.d_in)
+    trainer = trainer_on(store, Path(os.devnull), {}, own, sae=sae, dead_latents=dead_latents)
+    for batch in trainer.batches():
+        assert isinstance(batch.x, Tensor)
+        yield float(trainer.take_step(batch.x)[0].total)
+        trainer.step += 1
+
+
+def without_type(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a class, without what a registry finds it by."""
+    return {key: value for key, value in options.items() if key != "type"}
+
+
+def drawn(curves: dict[str, Any], options: argparse.Namespace, what: str) -> Result:
+    """Write the figure, and say how far the curves are apart."""
+    reference = curves[DEFINITION]
+    steps = np.arange(1, len(reference) + 1)
+    apart = {
+        name: np.abs(losses - reference) / reference
+        for name, losses in curves.items()
+        if name != DEFINITION
+    }
+    widths, styles = (4.0, 2.0, 1.0), ("-", "-", "--")
+    with house_style():
+        figure = new_figure(7.5, 5.5, "Fast and dense path, the same weights and batches", what)
+        above, below = figure.subplots(2, 1, sharex=True)
+        colours = dict(zip(curves, ("#BBBBBB", *COLOURS), strict=False))
+        for i, (name, losses) in enumerate(curves.items()):
+            above.plot(steps, losses, styles[i], color=colours[name], lw=widths[i], label=name)
+        for name, difference in apart.items():
+            below.plot(steps, difference.clip(1e-9), color=colours[name], lw=1, label=name)
+        above.set(title="Loss of the step", yscale="log")
+        above.legend()
+        below.set(title="Relative difference to the dense definition", xlabel="step", yscale="log")
+        below.legend()
+        for path in save(figure, options.figures, "fast_and_dense"):
+            print(path)
+    largest = {name: float(difference.max()) for name, difference in apart.items()}
+    for name, difference in largest.items():
+        print(f"{name:28} largest relative difference {difference:.2e}")
+    worst = max(largest.values())
+    return Result(
+        f"over {len(steps)} steps the losses differ by {worst:.1e} at most, relatively",
+        [Ratio("apart", worst, "most")],
+        {name: losses.tolist() for name, losses in curves.items()},
+    )
