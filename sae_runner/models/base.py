@@ -125,11 +125,17 @@ class Model(ABC):
         """The model's output with `edits` applied at sites, where `positions` is True."""
 
     @abstractmethod
-    def resume_from(self, site: str, x: Float[Tensor, "n t d"], state: Inputs) -> Tensor:
+    def resume_from(
+        self,
+        site: str,
+        x: Float[Tensor, "n t d"],
+        state: Inputs,
+        edits: Mapping[str, Edit] | None = None,
+    ) -> Tensor:
         """The model's output when `site` holds `x`, running only what lies after it if possible.
 
         `state` is the batch that `x` came from; when `x` has more rows, `state` is repeated, so
-        one input can be continued from many edits of it.
+        one input can be continued from many edits of it. `edits` are of later sites.
         """
 
     @abstractmethod
@@ -300,7 +306,13 @@ class HookedModel(Model):
         with self._hooks(self._taps(list(edits)), visit, edit=True):
             return self.forward(inputs)
 
-    def resume_from(self, site: str, x: Float[Tensor, "n t d"], state: Inputs) -> Tensor:
+    def resume_from(
+        self,
+        site: str,
+        x: Float[Tensor, "n t d"],
+        state: Inputs,
+        edits: Mapping[str, Edit] | None = None,
+    ) -> Tensor:
         """See `Model.resume_from`; blocks up to a block's input or output are left out.
 
         Elsewhere the whole network runs again with the site replaced.
@@ -312,7 +324,7 @@ class HookedModel(Model):
             state = state.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         modules = self.modules()
         with self._lock, left_out([modules[path] for path in self._needless(site)]):
-            return self.splice(state, {site: lambda _: x})
+            return self.splice(state, {site: lambda _: x, **(edits or {})})
 
     def _needless(self, site: str) -> Sequence[str]:
         """Blocks that what lies after a site does not need, once the site is known."""

@@ -229,12 +229,13 @@ class Trainer:
         state = TrainState(penalty, self.step / options.n_steps, 1 / options.n_steps)
         taken = Taken(sae, self.mean)
         with self.update.gradients():
-            for part in x.split(-(-len(x) // options.n_parts)):
+            parts = x.split(-(-len(x) // options.n_parts))
+            for part, share in zip(parts, self.objective.shares(parts), strict=True):
                 taken.shed()
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=options.half):
-                    loss = self.objective.loss(part, state)
+                    loss = self.objective.loss(part, state, share)
                     loss = self.dead.add_to(loss, sae.input_of(loss.x))
-                (loss.total * (len(part) / len(x))).backward()  # type: ignore[no-untyped-call]
+                (loss.total * share.rows).backward()  # type: ignore[no-untyped-call]
                 taken.add(loss)
             grad_norm = self.update.step(lr, measured=self.is_logged(self.step + 1))
         if self.averaged is not None:

@@ -1,8 +1,8 @@
 """What a step of training minimises, and of what: rows of a site, or inputs of a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -23,6 +23,18 @@ class Source(Protocol):
         ...
 
 
+class Share(NamedTuple):
+    """What a part has of its batch."""
+
+    rows: float = 1.0
+    tokens: float = 1.0
+    """Of those that are no padding."""
+    examples: float = 1.0
+
+
+WHOLE = Share()
+
+
 class Objective(ABC):
     """Judges the reconstructions of one SAE."""
 
@@ -33,5 +45,13 @@ class Objective(ABC):
         self.sae = sae
 
     @abstractmethod
-    def loss(self, x: Tensor | Inputs, state: TrainState) -> Loss:
-        """What a step minimises on a batch or on a part of one; `Loss.x` are the rows in it."""
+    def loss(self, x: Tensor | Inputs, state: TrainState, share: Share = WHOLE) -> Loss:
+        """What a step minimises on a batch, or on a part of one; `Loss.x` are the rows in it.
+
+        Losses of parts, each times its share of the rows, add up to that of the batch.
+        """
+
+    def shares(self, parts: Sequence[Tensor | Inputs]) -> list[Share]:
+        """What each part has of the batch that they make."""
+        n = sum(map(len, parts))
+        return [Share(*(len(part) / n for _ in Share._fields)) for part in parts]

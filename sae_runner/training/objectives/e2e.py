@@ -1,6 +1,6 @@
 """End-to-end training (Braun et al. 2024, arXiv 2405.12241): what counts is what comes out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from sae_runner.models.base import Edit, Inputs, Model, SiteInfo
 from sae_runner.saes.base import SAE, Loss, TrainState
 from sae_runner.site import TokenSelection, resolve_sites
 from sae_runner.training.objectives import OBJECTIVES
-from sae_runner.training.objectives.base import Objective
+from sae_runner.training.objectives.base import WHOLE, Objective, Share
 
 SITES = "trainer.objective.downstream_sites"
 
@@ -38,7 +38,7 @@ class EndToEnd(Objective):
     SAE_e2e is γ = ρ = 0, SAE_e2e+ds is ρ = 0 (§2). KL, in nats, is a mean over tokens that are no
     padding, or over examples where the model has one output each; the squared difference over
     those tokens and the width: the mean of the authors' code, whose numbers the recipes are, where
-    the paper's equation has a squared norm. Of parts of a batch the means are those of each part.
+    the paper's equation has a squared norm.
 
     Only selected tokens are replaced. The model stays in its own precision under autocast.
 
@@ -109,11 +109,11 @@ class EndToEnd(Objective):
 
     # -- The loss --------------------------------------------------------------------------------
 
-    def loss(self, x: Tensor | Inputs, state: TrainState) -> Loss:
+    def loss(self, x: Tensor | Inputs, state: TrainState, share: Share = WHOLE) -> Loss:
         """See `Objective.loss`."""
         assert isinstance(x, Inputs)
         with torch.no_grad():
-            clean = self.run(x, {})
+            clean = self.run(x)
         found = clean.sites[self.site.name]
         keep = self.selection.mask(self.site, x, found.shape[1]).to(found.device)
         rows = found[keep]
@@ -122,6 +122,9 @@ class EndToEnd(Objective):
         if self.reconstruction_coefficient:
             total = total + self.reconstruction_coefficient * own.error
         for name, coefficient, value in self.judged(x, clean, keep, own.x_hat):
+            # The trainer weights all by rows, and these are means over something else.
+            by_token = name == "downstream" or self.model.output == "token_logits"
+            value = value * ((share.tokens if by_token else share.examples) / share.rows)
             total, parts[name] = total + coefficient * value, value.detach()
         return own._replace(total=total, parts=parts)
 
@@ -132,10 +135,8 @@ class EndToEnd(Objective):
         if not (self.kl_coefficient or self.downstream_coefficient):
             return []
 
-        def replaced(found: Tensor) -> Tensor:
-            return found.index_put((keep,), x_hat.to(found.dtype))
-
-        spliced = self.run(inputs, {self.site.name: replaced})
+        found = clean.sites[self.site.name]
+        spliced = self.run(inputs, found.index_put((keep,), x_hat.to(found.dtype)))
         terms = []
         if self.kl_coefficient:
             valid = inputs.attended if self.model.output == "token_logits" else None
@@ -148,8 +149,11 @@ class EndToEnd(Objective):
             terms.append(("downstream", self.downstream_coefficient, value))
         return terms
 
-    def run(self, inputs: Inputs, edits: Mapping[str, Edit]) -> Run:
-        """Run the model with `edits`; its output, and what the sites in question hold."""
+    def run(self, inputs: Inputs, x: Float[Tensor, "n t d"] | None = None) -> Run:
+        """Run the model, or what comes after the site when that holds x: output and later sites.
+
+        As it is, the site itself is among what is seen.
+        """
         seen: dict[str, Tensor] = {}
 
         def watched(name: str) -> Edit:
@@ -159,10 +163,31 @@ class EndToEnd(Objective):
 
             return edit
 
-        names = [self.site.name, *(info.name for info in self.downstream)]
-        every = {name: edits.get(name) or watched(name) for name in names}
+        later = {info.name: watched(info.name) for info in self.downstream}
         with torch.autocast(self.model.device.type, enabled=False):
-            return Run(self.model.splice(inputs, every), seen)
+            if x is not None:
+                return Run(self.model.resume_from(self.site.name, x, inputs, later), seen)
+            return Run(
+                self.model.splice(inputs, {self.site.name: watched(self.site.name), **later}), seen
+            )
+
+    def shares(self, parts: Sequence[Tensor | Inputs]) -> list[Share]:
+        """See `Objective.shares`; how many rows there are is known ahead of running the model."""
+        if len(parts) == 1:
+            return [WHOLE]
+        counts = [self._counts(part) for part in parts]
+        sums = [sum(column) for column in zip(*counts, strict=True)]
+        return [Share(*(n / total for n, total in zip(own, sums, strict=True))) for own in counts]
+
+    def _counts(self, part: Tensor | Inputs) -> tuple[int, int, int]:
+        assert isinstance(part, Inputs)
+        n = len(part)
+        n_tokens = n if part.attended is None else int(part.attended.sum())
+        length = self.site.n_tokens
+        if length is None:
+            assert part.attended is not None  # Of texts.
+            length = part.attended.shape[1]
+        return int(self.selection.mask(self.site, part, length).sum()), n_tokens, n
 
 
 def rows_of(x: Tensor, valid: Bool[Tensor, "n t"] | None) -> Float[Tensor, "m d"]:

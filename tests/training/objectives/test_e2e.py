@@ -10,6 +10,7 @@ from sae_runner.saes.base import TrainState
 from sae_runner.site import TokenSelection
 from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.objectives.e2e import kl_divergence, later_sites
+from sae_runner.training.parts import Taken
 
 STATE = TrainState(0.7, 0.5)
 KINDS = [kind for kind in SAES.names() if kind not in ("transcoder", "matryoshka")]
@@ -260,3 +261,58 @@ def test_a_model_without_logits_has_no_kl(host, inputs, sae, objective):
         objective(sae("topk"), kl_coefficient=0.5, downstream_coefficient=1.0)
     loss = objective(sae("topk"), downstream_coefficient=1.0).loss(inputs, STATE)
     assert "kl" not in loss.parts and loss.parts["downstream"] > 0
+
+
+# -- Parts of a batch, and what is run -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("output", ["token_logits", "class_logits"])
+def test_parts_of_padded_texts_give_the_gradient_of_the_whole(
+    host, inputs, sae, objective, output, size
+):
+    """Texts of 5, 4 and 3 tokens, of which 3, 2 and 1 are rows: neither is as the examples are."""
+    host.output = output
+    gradients, losses = [], []
+    for parts in ([inputs], inputs.split(size)):
+        trained = sae("relu", l1_coefficient=0.1)
+        few = TokenSelection("all", drop_positions=(0, 1))
+        judge = objective(
+            trained, selection=few, kl_coefficient=1.0, downstream_coefficient=0.5,
+            reconstruction_coefficient=0.2,
+        )  # fmt: skip
+        taken = Taken(trained, torch.zeros(trained.d_in, dtype=torch.float64))
+        for part, share in zip(parts, judge.shares(parts), strict=True):
+            loss = judge.loss(part, STATE, share)
+            (loss.total * share.rows).backward()
+            taken.add(loss)
+        losses.append({"total": taken.total, **taken.parts})
+        gradients.append({name: p.grad for name, p in trained.named_parameters()})
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("site", "expected"),
+    [
+        ("blocks.0.resid_post", [1, 2, 2]), ("blocks.1.resid_pre", [1, 2, 2]),
+        ("blocks.1.resid_post", [1, 1, 2]), ("blocks.1.mlp_out", [2, 2, 2]),
+    ],
+)  # fmt: skip
+def test_blocks_before_the_site_run_once(host, inputs, sae, objective, site, expected):
+    def judged():
+        trained, runs = sae("topk"), [0, 0, 0]
+        judge = objective(trained, site=site, kl_coefficient=1.0, downstream_coefficient=1.0)
+        for i, block in enumerate(host.network.blocks):
+            block.mlp.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+        loss = judge.loss(inputs, STATE)
+        loss.total.backward()
+        return loss.total, [p.grad for p in trained.parameters()], runs
+
+    *whole, runs = judged()
+    assert runs == [2, 2, 2]
+    host.block_paths = [f"blocks.{i}" for i in range(3)]
+    *found, runs = judged()
+    assert runs == expected
+    assert torch.equal(found[0], whole[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], whole[1], strict=True))
