@@ -1,5 +1,6 @@
 """How activations are brought to a standard size before the weights see them, and back."""
 
+from collections.abc import Callable, Hashable
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,34 @@ def factor(stats: ActivationStats, scaling: InputScaling, d: int) -> float:
     if scaling == "unit_mean_square":
         return float(max(stats.mean_square_norm, 1e-24) ** -0.5)
     return 1.0
+
+
+class ScaledOnce:
+    """Scaled rows of the batch that several SAEs are trained on: the first computes, others take.
+
+    Rows are known by where they lie in the batch, which is kept for as long: so are parts of it.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Tensor | None = None
+        self._found = dict[Hashable, Tensor]()
+
+    def begin(self, batch: Tensor | None) -> None:
+        """Go over to another batch, or to none."""
+        self.batch, self._found = batch, {}
+
+    def of(self, x: Tensor, scaling: Hashable, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        """`scale(x)`, which is not to be written into; rows of elsewhere are not remembered."""
+        batch = self.batch
+        if batch is None or x.untyped_storage().data_ptr() != batch.untyped_storage().data_ptr():
+            return scale(x)
+        key = (scaling, x.data_ptr(), x.shape, x.stride())
+        if key not in self._found:
+            self._found[key] = scale(x)
+        return self._found[key]
+
+    def __deepcopy__(self, _: object) -> "ScaledOnce":
+        return ScaledOnce()  # A copy of an SAE may be folded, and scales no more.
 
 
 class Rows(NamedTuple):

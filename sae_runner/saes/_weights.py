@@ -1,5 +1,6 @@
 """The weights of an SAE: shapes, the units they see activations in, and how they are stored."""
 
+from collections.abc import Hashable
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -55,6 +56,7 @@ class Weights(nn.Module):
         self.decoder_norm, self.b_dec_init = common["decoder_norm"], common["b_dec_init"]
         self._check_options(common)
         self.selector = Selector()  # How a trainer wants encoders to choose.
+        self._shared: tuple[_scaling.ScaledOnce, Hashable] | None = None
         self.make_weights()
         self.register_buffer("input_scale", torch.ones(()))
         if self.loss_reduction == "normalised":
@@ -109,6 +111,18 @@ class Weights(nn.Module):
 
     def scaled(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """What the weights and the losses see of x, in the precision of the weights."""
+        if self._shared is None:
+            return self._scaled(x)
+        once, scaling = self._shared
+        return once.of(x, scaling, self._scaled)
+
+    def share_scaling(self, once: _scaling.ScaledOnce) -> None:
+        """Scale rows once with all that do it in the same way; how is settled by now."""
+        names = ("input_scale", "input_mean", "whitening")
+        how = [t.cpu().numpy().tobytes() for n, t in self.named_buffers() if n in names]
+        self._shared = once, (self.input_scaling, self.b_dec.dtype, *how)
+
+    def _scaled(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         x = x.to(self.b_dec.dtype)
         if self.input_scaling == "layer_norm":
             rows = _scaling.rows_of(x)

@@ -24,6 +24,7 @@ from sae_runner.saes._options import Common as Common
 from sae_runner.saes._options import width as width
 from sae_runner.saes._pre_acts import FEW, All, Few
 from sae_runner.saes._pre_acts import PreActs as PreActs
+from sae_runner.saes._scaling import ScaledOnce as ScaledOnce
 from sae_runner.saes._weights import Weights
 from sae_runner.statistics import ActivationStats
 

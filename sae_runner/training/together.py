@@ -1,9 +1,10 @@
-"""Several trainers over one stream of batches: each batch is read and moved to the device once."""
+"""Several trainers over one stream of batches, each read, moved to the device and scaled once."""
 
 from collections.abc import Callable, Sequence
 
 from sae_runner import signals
 from sae_runner.log import Progress
+from sae_runner.saes.base import ScaledOnce
 from sae_runner.store.activations import Batch
 from sae_runner.store.prefetch import Prefetched
 from sae_runner.training.trainer import Trainer
@@ -23,6 +24,9 @@ def run_together(trainers: Sequence[Trainer], failed: Callable[[Trainer, Excepti
     for trainer in trainers:
         if trainer is not longest:
             trainer.begin()
+    once = ScaledOnce()
+    for trainer in trainers:
+        trainer.sae.share_scaling(once)
     batches = Prefetched(longest.batches(), longest.prefetch)
     going, step = list(trainers), longest.step
     progress = Progress(f"train {len(going)} SAEs", n_steps * size, "rows", done=step * size)
@@ -34,6 +38,7 @@ def run_together(trainers: Sequence[Trainer], failed: Callable[[Trainer, Excepti
                     break
                 assert isinstance(batch, Batch)
                 batch = batch._replace(x=batch.x.to(longest.device))
+                once.begin(batch.x)
                 for trainer in list(going):
                     try:
                         trainer.advance(batch, batches.wait_s)
@@ -51,5 +56,6 @@ def run_together(trainers: Sequence[Trainer], failed: Callable[[Trainer, Excepti
                         failed(trainer, error)
                 stop.interrupt(f"stopped at step {step}; type the same command to go on")
     finally:
+        once.begin(None)
         progress.close()
         batches.close()

@@ -9,7 +9,7 @@ import torch
 from sae_runner.checkpoint import build_sae, load_sae, read_facts, save_checkpoint
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
-from sae_runner.saes._scaling import whitening_of
+from sae_runner.saes._scaling import ScaledOnce, whitening_of
 from sae_runner.saes.base import TrainState
 
 AUTOENCODERS = [kind for kind in SAES.names() if kind != "transcoder"]
@@ -291,3 +291,49 @@ def test_a_unit_that_there_is_not_is_refused(new):
         ConfigError, match=r"sae\.units=sqrtd: no such unit\. Did you mean 'sqrt_d'"
     ):
         new("relu", 8, 24, units=["sqrtd", "sum"])
+
+
+# -- Several SAEs of one batch ---------------------------------------------------------------------
+
+
+def test_rows_of_one_batch_are_scaled_once(new, stats):
+    x, once, calls = correlated(40), ScaledOnce(), []
+    saes = [
+        new(kind, 8, 24, input_scaling=scaling, units=None)
+        for kind, scaling in (
+            ("topk", "layer_norm"), ("relu", "layer_norm"), ("relu", "whitening"),
+            ("gated", "whitening"), ("relu", "sqrt_d"), ("relu", "unit_mean_square"),
+        )
+    ]  # fmt: skip
+    for sae in saes:
+        sae.initialise(stats(correlated(400)), torch.Generator().manual_seed(1))
+    other = new("relu", 8, 24, input_scaling="sqrt_d", units=None)
+    other.initialise(stats(3 * correlated(400)), torch.Generator().manual_seed(1))
+    saes.append(other)  # Whose scale is another.
+    batches = (x[:16], x[16:32].clone())
+    expected = [[sae.scaled(batch) for sae in saes] for batch in batches]
+    for sae in saes:
+        real = sae._scaled
+        sae._scaled = lambda rows, real=real: (calls.append(len(rows)), real(rows))[1]
+        sae.share_scaling(once)
+    for batch, wanted in zip(batches, expected, strict=True):
+        once.begin(batch)
+        calls.clear()
+        for sae, scaled in zip(saes, wanted, strict=True):
+            assert torch.equal(sae.scaled(batch), scaled)
+            assert torch.equal(torch.cat([sae.scaled(p) for p in batch.split(10)]), scaled)
+        assert sorted(calls) == [6] * 5 + [10] * 5 + [16] * 5  # Five scalings of seven SAEs.
+    calls.clear()
+    for sae in saes:
+        sae.scaled(x[32:].clone())  # Of no batch.
+    assert calls == [8] * 7
+
+
+def test_a_copy_that_is_folded_scales_no_more(new, stats):
+    x, once = correlated(40), ScaledOnce()
+    sae = new("relu", 8, 24, input_scaling="sqrt_d", units=None)
+    sae.initialise(stats(x), torch.Generator().manual_seed(1))
+    sae.share_scaling(once)
+    once.begin(x)
+    x_hat = sae(x).x_hat
+    torch.testing.assert_close(copy.deepcopy(sae).fold()(x).x_hat, x_hat)
