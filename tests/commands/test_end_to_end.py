@@ -79,7 +79,8 @@ def test_what_is_trained_for_the_output_serves_it_better(trained):
     With downstream reconstruction as little KL, without that.
     """
     local, e2e, both = (trained.heldout(name) for name in OBJECTIVES)
-    assert local["l0"] == e2e["l0"] == both["l0"] == 2
+    for one in (local, e2e, both):  # In a row or two only one is positive.
+        assert one["l0"] == pytest.approx(2, abs=0.01)
     assert e2e["kl"] < 0.75 * local["kl"] and both["kl"] < 0.75 * local["kl"]
     assert both["downstream"] < local["downstream"] < 0.5 * e2e["downstream"]
     assert local["fvu"] < 0.5 * e2e["fvu"] and both["fvu"] < 0.5 * e2e["fvu"]
