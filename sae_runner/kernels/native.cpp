@@ -184,6 +184,32 @@ void write_largest(const Bits* keys, int64_t n, int64_t k, Place place, int32_t*
   }
 }
 
+// Of WIDTH keys, those that may reach the cut, as bits; none if none does.
+#ifdef __AVX512BW__
+template <class Bits>
+constexpr int64_t WIDTH = 64 / sizeof(Bits);
+template <class Bits>
+uint32_t lanes_reaching(Bits cut, const Bits* row) {
+  typedef Bits Register __attribute__((vector_size(64), aligned(sizeof(Bits)), may_alias));
+  const auto keys = (__m512i)key_of<Bits>(*reinterpret_cast<const Register*>(row));
+  return sizeof(Bits) == 2 ? _mm512_cmpge_epi16_mask(keys, _mm512_set1_epi16(cut))
+                           : _mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(cut));
+}
+#else
+template <class Bits>
+constexpr int64_t WIDTH = 32;
+template <class Bits>
+uint32_t lanes_reaching(Bits cut, const Bits* row) {
+  Bits most = LEAST<Bits>;
+#pragma omp simd reduction(max : most)
+  for (int64_t l = 0; l < WIDTH<Bits>; ++l) {
+    const Bits key = key_of<Bits>(row[l]);
+    most = key > most ? key : most;
+  }
+  return most >= cut ? ~0u : 0;
+}
+#endif
+
 struct Hit {
   int32_t first;
   uint32_t lanes;
@@ -192,33 +218,22 @@ struct Hit {
 // Keys of a row that reach the cut, and their places; returns how many.
 template <class Bits>
 int64_t survivors(const Bits* row, int64_t n, Bits cut, Bits* keys, int32_t* places, Hit* hits) {
-  int64_t found = 0, i = 0;
-#ifdef __AVX512BW__
-  // Some fifty of 12,288 do. First the registers that hold one: a branch on each register would be
-  // mispredicted at almost every hit, which doubles the time.
-  typedef Bits Register __attribute__((vector_size(64), aligned(sizeof(Bits)), may_alias));
-  constexpr int64_t WIDTH = 64 / sizeof(Bits);
-  int64_t n_hits = 0;
-  for (; i + WIDTH <= n; i += WIDTH) {
-    const auto all = (__m512i)key_of<Bits>(*reinterpret_cast<const Register*>(row + i));
-    const uint32_t lanes = sizeof(Bits) == 2
-                               ? _mm512_cmpge_epi16_mask(all, _mm512_set1_epi16(cut))
-                               : _mm512_cmpge_epi32_mask(all, _mm512_set1_epi32(cut));
-    hits[n_hits] = {static_cast<int32_t>(i), lanes};
-    n_hits += lanes != 0;
+  int64_t found = 0, n_hits = 0, i = 0;
+  const auto add = [&](int64_t place) {
+    const Bits key = key_of<Bits>(row[place]);
+    places[found] = place, keys[found] = key;
+    found += key >= cut;
+  };
+  // Some fifty of 12,288 do. First where they are: a branch on each register would be mispredicted
+  // at almost every hit, which doubles the time.
+  for (; i + WIDTH<Bits> <= n; i += WIDTH<Bits>) {
+    hits[n_hits] = {static_cast<int32_t>(i), lanes_reaching(cut, row + i)};
+    n_hits += hits[n_hits].lanes != 0;
   }
   for (int64_t h = 0; h < n_hits; ++h)
-    for (uint32_t lanes = hits[h].lanes; lanes; lanes &= lanes - 1) {
-      places[found] = hits[h].first + __builtin_ctz(lanes);
-      keys[found] = key_of<Bits>(row[places[found]]);
-      ++found;
-    }
-#endif
-  for (; i < n; ++i) {
-    const Bits key = key_of<Bits>(row[i]);
-    places[found] = i, keys[found] = key;
-    found += key >= cut;
-  }
+    for (uint32_t lanes = hits[h].lanes; lanes; lanes &= lanes - 1)
+      add(hits[h].first + __builtin_ctz(lanes));
+  for (; i < n; ++i) add(i);
   return found;
 }
 
