@@ -174,8 +174,7 @@ Bits kth_largest(const Bits* keys, int64_t n, int64_t k) {
 template <class Bits, class Place>
 void write_largest(const Bits* keys, int64_t n, int64_t k, Place place, int32_t* out) {
   const Bits kth = kth_largest(keys, n, k);
-  const bool most = kth == std::numeric_limits<Bits>::max();
-  int64_t ties = k - (most ? 0 : count_at_least(keys, n, static_cast<Bits>(kth + 1)));
+  int64_t ties = k - count_at_least(keys, n, static_cast<Bits>(kth + 1));
   for (int64_t i = 0, written = 0; written < k; ++i) {
     out[written] = place(i);  // Stays if it is among them: no branch to mispredict.
     const bool tied = keys[i] == kth && ties > 0;
@@ -237,9 +236,10 @@ int64_t survivors(const Bits* row, int64_t n, Bits cut, Bits* keys, int32_t* pla
   return found;
 }
 
-// A lower bound on the k-th largest key of a row, close to it. Each place i is in group i mod
-// GROUPS. The k-th largest of the groups' maxima is reached by k groups, so by k keys at least; and
-// by few more, as long as k is well below GROUPS: 50 at k = 48 of 12,288.
+// A lower bound on the k-th largest key of a row, close to it. Place i is in group i mod GROUPS; the
+// last places, too few for every group to get one, are in none. The k-th largest of the groups'
+// maxima is reached by k groups, so by k keys at least; and by few more, as long as k is well below
+// GROUPS: 52 at k = 48 of 12,288.
 constexpr int64_t GROUPS = 512;
 template <class Bits>
 Bits lower_bound(const Bits* row, int64_t n, int64_t k, Bits* keys) {
@@ -249,12 +249,11 @@ Bits lower_bound(const Bits* row, int64_t n, int64_t k, Bits* keys) {
     return kth_largest(keys, n, k);
   }
   std::fill(keys, keys + GROUPS, LEAST<Bits>);
-  for (int64_t i = 0; i < n; i += GROUPS) {
-    const int64_t groups = std::min(GROUPS, n - i);
+  for (int64_t i = 0; i + GROUPS <= n; i += GROUPS) {
     for (int64_t g = 0; g < GROUPS; g += 64 / sizeof(Bits))
       __builtin_prefetch(row + i + 4 * GROUPS + g);
 #pragma omp simd
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < GROUPS; ++g) {
       const Bits key = key_of<Bits>(row[i + g]), most = keys[g];
       keys[g] = key > most ? key : most;
     }
@@ -366,8 +365,9 @@ uint16_t bf16(float x) {  // Rounded to the nearest, ties to even.
   return x != x ? 0x7FC0 : rounded;
 }
 
-// The moments of a latent that no longer fires shrink by a factor each step, to denormal numbers in
-// the end, with which arithmetic takes a hundred times as long. Within this scope they are zero.
+// The first moment of a latent that no longer fires shrinks by β1 each step, and is a denormal number
+// after some 800, for ever: with those a step takes twenty times as long. Within this scope they are
+// zero.
 struct DenormalsAreZero {
 #ifdef __SSE2__
   unsigned before = _mm_getcsr();
