@@ -90,6 +90,9 @@ def dispatch() -> None:
         else:
             hydra_app(command)()
     except (KeyboardInterrupt, Interrupted) as error:
+        from sae_runner.log import foot
+
+        foot.end()  # The signal may have come just before the block that would have done it.
         code = error.exit_code if isinstance(error, Interrupted) else 130
         message = f"sae-run {command}: {error or 'interrupted: type the same command to go on'}"
         if any(thread.name == "prefetch" for thread in threading.enumerate()):
@@ -209,17 +212,28 @@ def preflight(command: str) -> "list[Job]":
         return []
     from sae_runner.composition import composed_jobs
     from sae_runner.errors import InputError
+    from sae_runner.log import Progress
 
-    module = importlib.import_module(f"sae_runner.commands.{command}")
+    module = module_of(command)
     check: Any = getattr(module, "check", None)
     jobs = composed_jobs(command, words)
-    for job in jobs if check else []:
-        try:
-            check(job)
-        except InputError as error:
-            which = f" (in {', '.join(job.overrides)})" if len(jobs) > 1 else ""
-            raise type(error)(f"{error}{which}") from None
+    with Progress("check", len(jobs), "jobs") as progress:
+        for job in jobs if check else []:
+            try:
+                check(job)
+            except InputError as error:
+                which = f" (in {', '.join(job.overrides)})" if len(jobs) > 1 else ""
+                raise type(error)(f"{error}{which}") from None
+            progress.advance(1)
     return jobs
+
+
+def module_of(command: str) -> Any:
+    """The command's module; this is where torch is first imported."""
+    from sae_runner.log import working
+
+    with working("starting"):
+        return importlib.import_module(f"sae_runner.commands.{command}")
 
 
 def answer(command: str, jobs: "Sequence[Job]") -> None:
@@ -229,7 +243,7 @@ def answer(command: str, jobs: "Sequence[Job]") -> None:
 
     setup_logging()
     raise_on_signals()
-    module = importlib.import_module(f"sae_runner.commands.{command}")
+    module = module_of(command)
     for i, job in enumerate(jobs):
         if i > 0:
             print()
@@ -239,7 +253,7 @@ def answer(command: str, jobs: "Sequence[Job]") -> None:
 
 
 def run(cfg: "DictConfig") -> None:
-    """Hydra's task function. torch is first imported here, inside the command's module."""
+    """Hydra's task function."""
     from hydra.core.hydra_config import HydraConfig
 
     from sae_runner.log import setup_logging
@@ -250,7 +264,7 @@ def run(cfg: "DictConfig") -> None:
     raise_on_signals()
     command = str(hydra.job.name)
     try:
-        importlib.import_module(f"sae_runner.commands.{command}").main(job_of(cfg))
+        module_of(command).main(job_of(cfg))
     except BrokenPipeError:
         unheard()  # Here already: Hydra would report it.
     except Exception as error:
@@ -277,7 +291,7 @@ def run_together(command: str, cfgs: "Sequence[DictConfig]", memory_gb: float | 
     raise_on_signals()
     if command != "train":
         raise ConfigError(f"hydra/launcher=together: {command} has no batches to share; use basic")
-    together: Any = importlib.import_module("sae_runner.commands.together")
+    together = module_of("together")
     jobs = [job_of_composed(cfg) for cfg in cfgs]
     for job, error in zip(jobs, together.main(jobs, memory_gb), strict=True):
         if error is not None:

@@ -9,6 +9,7 @@ from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.data.base import Dataset
 from sae_runner.errors import ConfigError, StoreError
+from sae_runner.log import working
 from sae_runner.models.base import SiteInfo
 from sae_runner.store.manifest import REMEDY, STORE_SCHEMA, is_complete, read_json
 from sae_runner.store.reader import ActivationStore
@@ -22,6 +23,7 @@ def check(job: Job) -> None:
     Pipeline(job.cfg, job.choices).check(train=False)
 
 
+@working("cache")
 def main(job: Job) -> None:
     """Write the store of a composed config."""
     pipeline = Pipeline(job.cfg, job.choices)
@@ -89,6 +91,7 @@ def write(pipeline: Pipeline, sites: list[SiteInfo]) -> None:
     )  # fmt: skip
 
 
+@working("comparing the store with its source")
 def check_unchanged(pipeline: Pipeline) -> None:
     """Compare the source of a finished store with the data and local weights there are now.
 

@@ -20,7 +20,7 @@ from sae_runner.errors import ConfigError, StoreError
 from sae_runner.evaluators._shared_pass import shared_pass
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings
 from sae_runner.interchange import recognise
-from sae_runner.log import log_to
+from sae_runner.log import log_to, working
 from sae_runner.report.assemble import report_path, write_columns, write_report
 from sae_runner.report.figures import draw_run
 from sae_runner.report.schema import EVAL_SCHEMA, check_envelope, load_report
@@ -38,6 +38,7 @@ def check(job: Job) -> None:
     pipeline_of(job).check()
 
 
+@working("eval")
 def main(job: Job) -> None:
     """Evaluate the checkpoint that `checkpoint=` names, with the evaluators of this command."""
     pipeline = pipeline_of(job)

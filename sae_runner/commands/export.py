@@ -15,6 +15,7 @@ from sae_runner.config import construct
 from sae_runner.errors import ConfigError, StoreError, did_you_mean
 from sae_runner.interchange import FORMATS, _hub
 from sae_runner.interchange.base import Format, Origin
+from sae_runner.log import working
 from sae_runner.report.assemble import report_path
 from sae_runner.report.card import model_card
 from sae_runner.report.schema import load_report
@@ -70,6 +71,18 @@ def main(job: Job) -> None:
         InputError: no checkpoint there, the format has no such SAE, a folder is in the way.
     """
     options: ExportOptions = construct(ExportOptions.from_config, job.cfg, where="")
+    out, kind = write(job, options)
+    print(out)
+    if options.push_to:
+        message = f"{kind} SAE exported by sae-run"
+        with working("uploading"):
+            address = _hub.push(out, options.push_to, private=options.private, message=message)
+        print(address)
+
+
+@working("export")
+def write(job: Job, options: ExportOptions) -> tuple[Path, str]:
+    """The folder that was written, and the kind of SAE in it."""
     known: Format = FORMATS[str(options.format)]()
     folder = find_checkpoint(asked_checkpoint(job))
     facts, sae = read_facts(folder), load_sae(folder)
@@ -83,11 +96,7 @@ def main(job: Job) -> None:
         figures = copy_figures(facts, folder, temporary)
         card = model_card(facts, report_of(facts, folder), known.name, known.usage, figures)
         files.write_text(temporary / "README.md", card)
-    print(out)
-    if options.push_to:
-        message = f"{sae.kind} SAE exported by sae-run"
-        address = _hub.push(out, options.push_to, private=options.private, message=message)
-        print(address)
+    return out, sae.kind
 
 
 def label(facts: Mapping[str, Any], folder: Path) -> str:

@@ -21,6 +21,7 @@ from sae_runner.commands.entries import (
     read_selection,
     read_store,
 )
+from sae_runner.log import working
 
 PLACES = ("stores", "models", "data")
 """Folders of outputs/ whose entries are no runs."""
@@ -28,6 +29,7 @@ PLACES = ("stores", "models", "data")
 Related = dict[Path, list[Entry]]
 
 
+@working("looking through outputs")
 def take_inventory(outputs: Path) -> list[Entry]:
     """Everything there is: stores, each followed by its selections, runs, models, data."""
     found: list[Entry] = []

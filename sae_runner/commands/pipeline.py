@@ -22,6 +22,7 @@ from sae_runner.errors import ConfigError, StoreError, did_you_mean
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators.base import Evaluator
 from sae_runner.files import require_writable
+from sae_runner.log import working
 from sae_runner.report.expected import check_expected
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
@@ -109,6 +110,7 @@ class Pipeline(StorePipeline):
             for name, options in self.cfg["evaluators"].items()
         }
 
+    @working("looking at model and data")
     def check(self, *, train: bool = True) -> None:
         """Refuse everything that can be refused before a directory is made or weights are read.
 

@@ -24,6 +24,7 @@ from sae_runner.commands.rehearsal import (
 from sae_runner.commands.sites import layout, shape
 from sae_runner.config import construct, resolve_device
 from sae_runner.data.base import SPLITS
+from sae_runner.log import working
 from sae_runner.models.base import SiteInfo
 from sae_runner.saes.base import SAE
 from sae_runner.store.manifest import is_complete
@@ -60,6 +61,16 @@ def main(job: Job) -> None:
     Raises:
         InputError: the command could not be run as it is.
     """
+    lines, warnings = found(job)
+    for head, text in lines:
+        print(f"{head:<10}{text}")
+    for warning in warnings:
+        print(f"! {warning}")
+
+
+@working("plan")
+def found(job: Job) -> tuple[list[Line], list[str]]:
+    """What there is to say, and to warn of."""
     options: PlanOptions = construct(PlanOptions.from_config, job.cfg["plan"], where="plan")
     check(job)
     pipeline = Pipeline(job.cfg, job.choices)
@@ -74,11 +85,7 @@ def main(job: Job) -> None:
             lines += times(plan, copy)
         else:
             lines.append(("time", "not measured; plan.probe=true times a few batches and steps"))
-        warnings = plan.warnings()
-    for head, text in lines:
-        print(f"{head:<10}{text}")
-    for warning in warnings:
-        print(f"! {warning}")
+        return lines, plan.warnings()
 
 
 class Plan:

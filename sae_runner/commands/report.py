@@ -10,6 +10,7 @@ from sae_runner.commands.job import Job
 from sae_runner.config import Name, construct, fingerprint
 from sae_runner.errors import InputError
 from sae_runner.files import atomic, require_writable
+from sae_runner.log import working
 from sae_runner.report.comparison import Comparison, compare
 from sae_runner.report.figures import FIGURES, draw_run, figure_sources
 from sae_runner.report.html import page
@@ -61,7 +62,8 @@ def main(job: Job) -> None:
     """
     options: ReportOptions = construct(ReportOptions.from_config, job.cfg, where="")
     folders, without = find_runs(options.runs, options.outputs / "train")
-    runs, damaged = load_runs(folders)
+    with working("reading reports"):
+        runs, damaged = load_runs(folders)
     if not runs:
         raise InputError(f"all {len(damaged)} reports are damaged, the first: {damaged[0]}")
     left_out = [f"left out, damaged: {line}" for line in damaged]
@@ -83,6 +85,7 @@ def main(job: Job) -> None:
         sys.exit(1)
 
 
+@working("writing the report")
 def write(comparison: Comparison, left_out: Sequence[str], out: Path) -> Path:
     """table.csv, report.md, figures/pareto.* and report.html, whose path is returned."""
     pareto = draw_pareto(comparison, out / "figures")

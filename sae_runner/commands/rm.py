@@ -15,6 +15,7 @@ from sae_runner.commands.ls import shown_path
 from sae_runner.commands.words import named
 from sae_runner.config import Name, convert
 from sae_runner.errors import InputError
+from sae_runner.log import working
 
 
 def main(job: Job) -> None:
@@ -93,6 +94,7 @@ def agreed() -> bool:
         return False
 
 
+@working("removing")
 def remove(entries: Sequence[Entry], outputs: Path) -> int:
     """Remove entries while their locks are held; gives the number of bytes freed.
 

@@ -11,6 +11,7 @@ from sae_runner.commands.job import Job
 from sae_runner.commands.listing import show_table
 from sae_runner.config import Name, convert
 from sae_runner.data import build_dataset
+from sae_runner.log import working
 from sae_runner.models import MODELS, build_model
 from sae_runner.models.base import Model, SiteInfo
 from sae_runner.site import resolve_sites
@@ -41,6 +42,7 @@ def main(job: Job) -> None:
     show_table(columns, right=["tokens × d"])
 
 
+@working("building the model without its weights")
 def without_weights(cfg: dict[str, Any], outputs: Path) -> Model:
     """The model on the meta device; the dataset is loaded only where a host needs it."""
     import torch

@@ -32,6 +32,7 @@ from sae_runner.config import (
 from sae_runner.data import build_dataset
 from sae_runner.data.base import Dataset
 from sae_runner.errors import ConfigError, did_you_mean
+from sae_runner.log import working
 from sae_runner.models import build_model
 from sae_runner.models.base import Model, SiteInfo
 from sae_runner.site import TokenSelection, layout_key, resolve_sites
@@ -145,14 +146,15 @@ class StorePipeline:
         """The model with its weights, on the chosen device."""
         import torch
 
-        model = build_model(
-            self.cfg["model"],
-            device=torch.device(resolve_device(self.root.device)),
-            dataset=self.raw_dataset,
-            outputs=self.outputs,
-            meta=False,
-            name=self.choices["model"],
-        )
+        with working(f"loading model {self.choices['model']}"):
+            model = build_model(
+                self.cfg["model"],
+                device=torch.device(resolve_device(self.root.device)),
+                dataset=self.raw_dataset,
+                outputs=self.outputs,
+                meta=False,
+                name=self.choices["model"],
+            )
         log.info("model %s is loaded on %s", self.choices["model"], model.device)
         return model
 

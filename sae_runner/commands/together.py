@@ -23,7 +23,7 @@ from sae_runner.commands.train import (
 )
 from sae_runner.config import resolve_device
 from sae_runner.errors import ConfigError
-from sae_runner.log import log_to, speaking
+from sae_runner.log import log_to, speaking, working
 from sae_runner.store.activations import Activations
 from sae_runner.training.together import run_together
 from sae_runner.training.trainer import Trainer
@@ -68,6 +68,7 @@ class Run:
         return json.dumps(facts, sort_keys=True, default=str)
 
 
+@working("train")
 def main(jobs: Sequence[Job], memory_gb: float | None) -> list[Exception | None]:
     """Train and evaluate all jobs; what each failed of, or None.
 

@@ -26,7 +26,7 @@ from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import checked_options, construct, resolve_device
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.interchange.base import centred
-from sae_runner.log import log_to
+from sae_runner.log import log_to, working
 from sae_runner.saes.base import SAE
 from sae_runner.store.reader import Activations, ActivationStore
 from sae_runner.training.loggers import build_sinks, require_ready
@@ -78,6 +78,7 @@ def check_same_run(pipeline: Pipeline) -> dict[str, Any] | None:
     return old
 
 
+@working("train")
 def main(job: Job) -> None:
     """Run a composed config to its report."""
     check(job)
@@ -196,7 +197,8 @@ def trainer_of(run_dir: Path, pipeline: Pipeline, store: Activations) -> Trainer
             config=pipeline.cfg,
         ),
     )  # fmt: skip
-    start(trainer, run_dir, pipeline)
+    with working("preparing the SAE"):
+        start(trainer, run_dir, pipeline)
     log.info(
         "training %s: %d latents on %s, %d rows in %d steps from step %d, on %s",
         pipeline.choices["sae"], trainer.sae.d_sae, pipeline.site.name,

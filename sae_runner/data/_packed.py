@@ -200,18 +200,17 @@ def fill(packers: Mapping[Split, Packer], source: Dataset, encode: Encode) -> li
     ids = np.sort(np.concatenate([source.ids("train"), heldout]))
     held = np.isin(ids, heldout)
     unreadable: list[Unreadable] = []
-    progress = Progress(f"tokens of {source.name}", len(ids), "documents")
-    for start in range(0, len(ids), DOCUMENTS_AT_ONCE):
-        part = slice(start, start + DOCUMENTS_AT_ONCE)
-        loaded = list(zip(source.load(ids[part]), held[part], strict=True))
-        unreadable += [example for example, _ in loaded if isinstance(example, Unreadable)]
-        refuse_bad(len(unreadable), len(ids), source.max_bad, *unreadable[:1])
-        good = [(example, h) for example, h in loaded if isinstance(example, Example)]
-        tokens = encode([example.value for example, _ in good])
-        for row, (_, h) in zip(tokens, good, strict=True):
-            packers["heldout" if h else "train"].add(row)
-        progress.advance(len(loaded))
-    progress.close()
+    with Progress(f"tokens of {source.name}", len(ids), "documents") as progress:
+        for start in range(0, len(ids), DOCUMENTS_AT_ONCE):
+            part = slice(start, start + DOCUMENTS_AT_ONCE)
+            loaded = list(zip(source.load(ids[part]), held[part], strict=True))
+            unreadable += [example for example, _ in loaded if isinstance(example, Unreadable)]
+            refuse_bad(len(unreadable), len(ids), source.max_bad, *unreadable[:1])
+            good = [(example, h) for example, h in loaded if isinstance(example, Example)]
+            tokens = encode([example.value for example, _ in good])
+            for row, (_, h) in zip(tokens, good, strict=True):
+                packers["heldout" if h else "train"].add(row)
+            progress.advance(len(loaded))
     if unreadable:
         first = unreadable[0]
         log.warning(

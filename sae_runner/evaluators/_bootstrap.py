@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators.base import Note
+from sae_runner.log import Progress
 
 Sums = Mapping[str, npt.NDArray[np.float64]]
 Statistic = Callable[[Sums], npt.NDArray[np.float64]]
@@ -80,9 +81,11 @@ def resampled_totals(sums: Sums, n_resamples: int, seed: int) -> dict[str, npt.N
     n_clusters = len(table)
     generator = np.random.default_rng(seed)
     totals = np.empty((n_resamples, table.shape[1]))
-    for b in range(n_resamples):
-        drawn = generator.integers(0, n_clusters, n_clusters)
-        totals[b] = np.bincount(drawn, minlength=n_clusters) @ table
+    with Progress("bootstrap", n_resamples, "resamples") as progress:
+        for b in range(n_resamples):
+            drawn = generator.integers(0, n_clusters, n_clusters)
+            totals[b] = np.bincount(drawn, minlength=n_clusters) @ table
+            progress.advance(1)
     return {name: totals[:, i] for i, name in enumerate(sums)}
 
 

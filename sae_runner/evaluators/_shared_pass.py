@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows
-from sae_runner.log import Progress
+from sae_runner.log import Progress, working
 from sae_runner.meters import peak_rss_mib
 
 
@@ -29,18 +29,20 @@ def shared_pass(
         evaluator.start(context)
     started = time.perf_counter()
     device = next(context.sae.parameters()).device
-    progress, n_rows = Progress("eval", context.n_rows, "rows"), 0
-    for batch in rows:
-        stored = batch.x.to(device)
-        x_hat, latents = context.sae(context.sae.input_of(stored))
-        x = context.sae.target_of(stored)
-        shared = Rows(x, latents, x_hat, batch.example_id, batch.position, batch.label)
-        for evaluator in evaluators.values():
-            evaluator.update(shared)
-        progress.advance(len(x))
-        n_rows += len(x)
-    progress.close()
-    found = {name: evaluator.finish() for name, evaluator in evaluators.items()}
+    with Progress("eval", context.n_rows, "rows") as progress:
+        for batch in rows:
+            stored = batch.x.to(device)
+            x_hat, latents = context.sae(context.sae.input_of(stored))
+            x = context.sae.target_of(stored)
+            shared = Rows(x, latents, x_hat, batch.example_id, batch.position, batch.label)
+            for evaluator in evaluators.values():
+                evaluator.update(shared)
+            progress.advance(len(x))
+    n_rows = progress.done
+    found = {}
+    for name, evaluator in evaluators.items():
+        with working(f"eval: {name}"):
+            found[name] = evaluator.finish()
     cost = {
         "wall_s": round(time.perf_counter() - started, 3),
         "sae_encodes": n_rows,

@@ -63,10 +63,10 @@ def fit(
     losses = resume(kept, network, optimizer, generators)
     if losses:
         log.info("%s: going on from step %d of %d", what, len(losses), n_steps)
-    progress = Progress(f"train {what}", n_steps, "steps", done=len(losses))
     saved_at = time.monotonic()
     network.train()
-    with signals.deferred() as stop:
+    progress = Progress(f"train {what}", n_steps, "steps", done=len(losses))
+    with progress, signals.deferred() as stop:
         for rows in itertools.islice(batches, len(losses), n_steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * lr_factor(len(losses))
@@ -89,7 +89,6 @@ def fit(
                     f"stopped at step {len(losses)} of {n_steps} of the training of {what}; "
                     "type the same command to go on"
                 )
-    progress.close()
     network.eval()
     return losses
 

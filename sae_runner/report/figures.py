@@ -11,6 +11,7 @@ import numpy.typing as npt
 import yaml
 
 from sae_runner import files
+from sae_runner.log import working
 from sae_runner.report.curves import curves_figure, read_curves
 from sae_runner.report.style import COLOURS, DARK, GREY, house_style, new_figure, plain_count, save
 
@@ -18,6 +19,7 @@ FIGURES = ("loss", "density", "l0", "error")
 MAX_BARS = 60
 
 
+@working("drawing figures")
 def draw_run(run_dir: Path) -> list[Path]:
     """Draw what a run directory holds into its `figures/`, each as PNG and SVG.
 

@@ -113,9 +113,9 @@ def write_selections(
         log.info("%d of %d windows are there already", len(written), len(written + missing))
     n_examples = sum(map(len, plan.ids.values()))
     n_done = sum(len(plan.examples(*window)) for window in written)
-    progress = Progress("cache", n_examples, "examples", done=n_done)
     n_bad = sum(len(_bad(folders[infos[0].name], *window)) for window in written)
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+    progress = Progress("cache", n_examples, "examples", done=n_done)
+    with progress, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: Future[None] | None = None
         for split, window in missing:
             rows = compute_window(
@@ -131,7 +131,6 @@ def write_selections(
             progress.advance(0, f"{n_bad} unreadable" if n_bad else "")
         if writing:
             writing.result()
-    progress.close()
     for info in infos:
         _finish(folders[info.name], info, selection, plan, dtype)
 
