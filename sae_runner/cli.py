@@ -153,7 +153,9 @@ def add_width_override() -> None:
     """Let `sae.d_sae=` stand for the width alone: the default is an expansion."""
     given = {m[1] for word in sys.argv if (m := re.match(r"\+*sae\.(d_sae|expansion)=", word))}
     if given == {"d_sae"}:
-        sys.argv.append("sae.expansion=null")
+        from sae_runner.commands.job import IMPLIED
+
+        sys.argv.append(IMPLIED)
 
 
 def put_flags_first() -> None:
@@ -256,6 +258,7 @@ def run(cfg: "DictConfig") -> None:
     """Hydra's task function."""
     from hydra.core.hydra_config import HydraConfig
 
+    from sae_runner.commands.job import typed
     from sae_runner.log import setup_logging
     from sae_runner.signals import raise_on_signals
 
@@ -275,7 +278,7 @@ def run(cfg: "DictConfig") -> None:
             raise  # Other launchers run jobs elsewhere: only an exception tells them.
         outcome.failures.append(error)
         sweep = "MULTIRUN" in str(hydra.mode)
-        which = f" ({', '.join(hydra.overrides.task)})" if sweep else ""
+        which = f" ({', '.join(typed(hydra.overrides.task))})" if sweep else ""
         print(f"sae-run {command}{which}: {message}", file=sys.stderr)
 
 
@@ -308,13 +311,13 @@ def job_of(cfg: "DictConfig") -> "Job":
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from sae_runner.commands.job import Job, chosen
+    from sae_runner.commands.job import Job, chosen, typed
 
     hydra = HydraConfig.get()
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     if outcome.words:
         values["runs"] = list(outcome.words)
-    return Job(values, chosen(hydra.runtime.choices), list(hydra.overrides.task))
+    return Job(values, chosen(hydra.runtime.choices), typed(hydra.overrides.task))
 
 
 def complete() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from sae_runner.commands.job import Job, chosen
+from sae_runner.commands.job import Job, chosen, typed
 from sae_runner.config import config_dir
 
 
@@ -109,7 +109,7 @@ def job_of_composed(cfg: Any) -> Job:
     from omegaconf import OmegaConf, open_dict
 
     choices = chosen(cfg.hydra.runtime.choices)
-    overrides = list(cfg.hydra.overrides.task)
+    overrides = typed(cfg.hydra.overrides.task)
     with open_dict(cfg):
         del cfg["hydra"]
     values: Any = OmegaConf.to_container(cfg, resolve=True)

@@ -421,6 +421,22 @@ def test_runtime_keys_and_spelling_name_no_new_run(finished_run, in_process, tmp
     assert len(list(tmp_path.glob("outputs/train/[!.]*"))) == 1
 
 
+def test_the_report_has_width_and_k_as_numbers_and_what_was_typed(in_process, tmp_path, capfd):
+    words = [w for w in QUICK if not w.startswith(("sae.", "evaluators"))] + [
+        "evaluators=[density]"
+    ]
+    assert in_process("train", *words, "sae.d_sae=96", "sae.k=8") == 0
+    assert in_process("train", *words, "sae.expansion=2", "sae.target_l0=16") == 0
+    reports = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/train/*/report.json")]
+    saes = sorted((r["config"]["sae"]["d_sae"], r["config"]["sae"]["k"]) for r in reports)
+    assert saes == [(96, 8), (128, 16)]
+    assert not any("sae.expansion=null" in report["overrides"] for report in reports)
+    capfd.readouterr()
+    assert in_process("report") == 0
+    head = capfd.readouterr().out.splitlines()[0].split()
+    assert {"d_sae", "k"} <= set(head) and "expansion" not in head
+
+
 def test_finished_run_is_extended_from_its_weights(finished_run, in_process, tmp_path):
     words = [w for w in QUICK if "n_tokens" not in w]
     assert in_process("train", *words, "trainer.n_tokens=8192", f"init_from={finished_run}") == 0

@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ log = logging.getLogger("sae_runner")
 
 # What config.yaml keeps besides the configuration.
 RECORD_KEYS = ("identity", "choices", "overrides", "code_version")
+SETTLED = ("d_sae", "expansion", "k")
+"""Options of an SAE that its run's identity has in one form, however they were typed."""
 
 
 def check(job: Job) -> None:
@@ -146,6 +149,7 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
         folder.name,
         config={
             **{k: v for k, v in record.items() if k not in RECORD_KEYS},
+            "sae": {**record["sae"], **settled(record)},
             "evaluators": {**record["evaluators"], **pipeline.cfg["evaluators"]},
             "eval": pipeline.cfg["eval"],
             "expected": pipeline.cfg.get("expected"),
@@ -157,6 +161,11 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
     )
     if path.parent == run_dir:
         draw_run(run_dir)
+
+
+def settled(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Width and k of a run's SAE, as numbers."""
+    return {key: value for key, value in record["identity"]["sae"].items() if key in SETTLED}
 
 
 def _is_current(

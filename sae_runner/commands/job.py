@@ -1,6 +1,6 @@
 """One composed command, as the sub-commands get it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -13,6 +13,16 @@ class Job(NamedTuple):
     """Which option of each group was taken."""
     overrides: list[str]
     """What was typed."""
+
+
+IMPLIED = "sae.expansion=null"
+"""What `sae.d_sae=` alone implies."""
+
+
+def typed(overrides: Sequence[str]) -> list[str]:
+    """Overrides as they were typed, without what these imply."""
+    width = any(word.lstrip("+").startswith("sae.d_sae=") for word in overrides)
+    return [word for word in overrides if not (width and word == IMPLIED)]
 
 
 def chosen(choices: Mapping[str, Any]) -> dict[str, str]:

@@ -39,7 +39,9 @@ class Pipeline(StorePipeline):
     @cached_property
     def run_identity(self) -> dict[str, Any]:
         """What decides a trained SAE."""
-        found = identity(self.cfg, names.RUN_GROUPS)
+        sae = self.build_sae(self.site.d, device="meta").config()
+        cfg = {**self.cfg, "sae": {**self.cfg["sae"], **sae}}  # However width and k were typed.
+        found = identity(cfg, names.RUN_GROUPS)
         # A glob, a host's own name and a selection's unused options mean one site and its tokens.
         found["site"] = {"name": self.site.name, "tokens": self.selection.slug}
         if self.target is not None:

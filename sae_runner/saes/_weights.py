@@ -300,5 +300,11 @@ class Weights(nn.Module):
                 tensor.copy_(tensors[stored].T if name == "W_enc_rows" else tensors[stored])
 
     def config(self) -> dict[str, Any]:
-        """`type`, sizes and options: what `cfg.json` keeps and `SAES.build` takes."""
-        return {**self.options, "type": self.kind, "d_sae": self.d_sae, "expansion": None}
+        """`type`, sizes and options: what `cfg.json` keeps and `SAES.build` takes.
+
+        One form of each: a width is `d_sae`, and k, where there is one, is what L0 was asked for.
+        """
+        one_form = {"d_sae": self.d_sae, "expansion": None}
+        if "k" in self.options:
+            one_form["target_l0"] = None
+        return {**self.options, "type": self.kind, **one_form}

@@ -1,3 +1,4 @@
+import pytest
 from omegaconf import OmegaConf
 
 from sae_runner.commands import names
@@ -24,3 +25,22 @@ def test_names_follow_content_and_nothing_else(compose_job, small, trained):
     assert paths("store.prefetch=9") == (store, run)
     other = paths("dataset.seed=1")
     assert other[0] != store and other[1] != run
+
+
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "matryoshka", "matching_pursuit"])
+def test_width_and_k_under_either_name_are_one_run(kind, compose_job):
+    def name(*words):
+        job = compose_job("train", "model=toy", f"sae={kind}", *words)
+        return Pipeline(job.cfg, job.choices).run_dir.name
+
+    first = name("sae.expansion=2", "sae.k=8")
+    assert name("sae.d_sae=128", "sae.expansion=null", "sae.k=8") == first
+    assert name("sae.expansion=2", "sae.target_l0=8") == first
+    assert name("sae.expansion=2", "sae.k=8", "sae.target_l0=8.0") == first
+    assert name("sae.expansion=2", "sae.target_l0=9") != first
+    assert name("sae.d_sae=129", "sae.expansion=null", "sae.k=8") != first
+
+
+def test_a_target_is_no_k_where_a_penalty_leads_to_it(compose_job):
+    jobs = [compose_job("train", "model=toy", "sae=relu", f"sae.target_l0={n}") for n in (8, 9)]
+    assert len({Pipeline(job.cfg, job.choices).run_dir for job in jobs}) == 2
