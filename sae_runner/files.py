@@ -206,17 +206,25 @@ def lack_of_space(path: Path, n_bytes: int) -> str:
     )
 
 
-def require_space(path: Path, n_bytes: int, what: str) -> None:
+def require_space(
+    path: Path,
+    n_bytes: int,
+    what: str,
+    or_else: str = "lower dataset.n_examples, or use store=stream",
+) -> None:
     """Refuse to start what will not fit.
+
+    Args:
+        path: where it is to lie.
+        n_bytes: how much it is.
+        what: it is, with its verb: `store needs`.
+        or_else: what can be done about it besides a larger disk.
 
     Raises:
         InputError: fewer than `n_bytes` and the reserve are free.
     """
     if lack := lack_of_space(path, n_bytes):
-        raise InputError(
-            f"{what} needs {lack}: set outputs=DIR on a larger disk, fewer examples, or "
-            "store=stream"
-        )
+        raise InputError(f"{what} {lack}: set outputs=DIR on a larger disk, {or_else}")
 
 
 def require_writable(folder: Path, key: str = "outputs") -> None:

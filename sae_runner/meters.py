@@ -1,5 +1,6 @@
-"""What the operating system says of this process."""
+"""What the operating system says of this process and of the machine."""
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -19,6 +20,14 @@ def peak_rss_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Bytes on macOS, else kilobytes.
+
+
+def physical_bytes() -> int | None:
+    """Memory of the machine, where the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def peak_rss_mib() -> float:

@@ -229,10 +229,10 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
 
 def test_what_will_not_fit_is_refused_with_both_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "free_bytes", lambda _: 10**9)
-    files.require_space(tmp_path / "out", 936 * 10**6, "store")
+    files.require_space(tmp_path / "out", 936 * 10**6, "store needs")
     line = r"store needs 940 MB and 64\.0 MB in reserve, 1\.0 GB free in .*outputs=DIR"
     with pytest.raises(InputError, match=line):
-        files.require_space(tmp_path / "out", 940 * 10**6, "store")
+        files.require_space(tmp_path / "out", 940 * 10**6, "store needs")
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_anything(tmp_path):

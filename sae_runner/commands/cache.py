@@ -20,16 +20,18 @@ log = logging.getLogger("sae_runner")
 
 def check(job: Job) -> None:
     """Refuse what can be refused ahead."""
-    Pipeline(job.cfg, job.choices).check(train=False)
+    pipeline = Pipeline(job.cfg, job.choices)
+    pipeline.check(train=False)
+    if pipeline.store_options.kind == "stream":
+        raise ConfigError("store=stream keeps nothing on disk; `cache` needs store=disk")
+    require_space(pipeline, force=pipeline.root.force)
 
 
 @working("cache")
 def main(job: Job) -> None:
     """Write the store of a composed config."""
+    check(job)
     pipeline = Pipeline(job.cfg, job.choices)
-    pipeline.check(train=False)
-    if pipeline.store_options.kind == "stream":
-        raise ConfigError("store=stream keeps nothing on disk; `cache` needs store=disk")
     ensure_store(pipeline, force=pipeline.root.force)
 
 
@@ -44,9 +46,7 @@ def ensure_store(pipeline: Pipeline, *, force: bool = False) -> None:
         check_unchanged(pipeline)
         log.info("store %s is complete", folder)
         return
-    if pipeline.raw_dataset.modality != "text":  # What text gives is known once it is packed.
-        missing = [i for i in infos if force or not is_complete(pipeline.selection_dir(i))]
-        require_space(pipeline, missing, pipeline.raw_dataset)
+    require_space(pipeline, force=force)
     with files.locked(folder):
         found = [info for info in infos if is_complete(pipeline.selection_dir(info))]
         missing = infos if force else [info for info in infos if info not in found]
@@ -54,7 +54,7 @@ def ensure_store(pipeline: Pipeline, *, force: bool = False) -> None:
             log.info("store %s is complete: another process wrote it", folder)
             return
         model, dataset = pipeline.model, pipeline.dataset
-        require_space(pipeline, missing, dataset)
+        files.require_space(pipeline.outputs, bytes_of(pipeline, missing, dataset), "store needs")
         names = {"model": pipeline.choices["model"], "dataset": pipeline.choices["dataset"]}
         if force and missing == infos and not _others(pipeline):
             files.remove(folder / "store.json")  # Nothing else in the store is of its old source.
@@ -66,7 +66,7 @@ def ensure_store(pipeline: Pipeline, *, force: bool = False) -> None:
         missing.sort(key=pipeline.layout)
         for _, group in groupby(missing, key=pipeline.layout):
             write(pipeline, list(group))
-    log.info("store %s holds %d selections", folder, len(infos))
+    log.info("store %s holds %d selection%s", folder, len(infos), "s" * (len(infos) != 1))
 
 
 def is_cached(pipeline: Pipeline) -> bool:
@@ -109,12 +109,26 @@ def check_unchanged(pipeline: Pipeline) -> None:
             )
 
 
-def require_space(pipeline: Pipeline, missing: list[SiteInfo], dataset: Dataset) -> None:
-    """Refuse what will not fit; of text only what is sure to be written counts."""
+def require_space(pipeline: Pipeline, *, force: bool = False) -> int:
+    """Refuse rows that will not fit, as far as that is known ahead; the bytes that are to come.
+
+    Raises:
+        InputError: they will not.
+    """
+    if pipeline.store_options.kind == "stream" or pipeline.raw_dataset.modality == "text":
+        return 0  # What text gives is known once it is packed.
+    missing = [i for i in pipeline.infos if force or not is_complete(pipeline.selection_dir(i))]
+    needed = bytes_of(pipeline, missing, pipeline.raw_dataset)
+    files.require_space(pipeline.outputs, needed, "store needs")
+    return needed
+
+
+def bytes_of(pipeline: Pipeline, missing: list[SiteInfo], dataset: Dataset) -> int:
+    """What is not yet on disk of selections; of text only what is sure to be written counts."""
     needed, dtype = 0, pipeline.store_options.dtype
     for info in missing:
         rows = pipeline.rows_per_example(info) if info.n_tokens else 1
         needed += estimate_bytes(pipeline.plan(info, dataset), rows, info.d, dtype)
         folder = pipeline.selection_dir(info)
         needed -= files.folder_bytes(folder) if folder.exists() else 0
-    files.require_space(pipeline.outputs, needed, "store")
+    return needed

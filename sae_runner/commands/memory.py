@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from sae_runner.commands import objectives
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import resolve_device
+from sae_runner.errors import ConfigError
 from sae_runner.kernels.choice import fused, ops_on
 from sae_runner.kernels.selection import CHUNK_BYTES
-from sae_runner.meters import peak_rss_bytes
+from sae_runner.meters import peak_rss_bytes, physical_bytes
 from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import HookedModel, Inputs, Model, SiteInfo
 from sae_runner.saes.base import SAE
@@ -27,6 +28,10 @@ class Part(NamedTuple):
     what: str
     n_bytes: float
     where: Literal["host", "device"]
+    key: str
+    """What makes it less."""
+    sure: float = 0.0
+    """The share of it that cannot be done without, whatever the estimate is worth."""
 
 
 def caching(pipeline: Pipeline, infos: Sequence[SiteInfo], n_rows: int) -> list[Part]:
@@ -38,11 +43,17 @@ def caching(pipeline: Pipeline, infos: Sequence[SiteInfo], n_rows: int) -> list[
     window = min(n_rows, options.window_rows)
     columns = [window * (i.d * DTYPES[options.dtype].itemsize + 16) for i in infos]
     return [
-        Part("model", weights, "device"),
-        Part("layers of a batch", forward + 4 * batch * sum(tokens), "device"),
+        Part("model", weights, "device", "model", 1),
+        Part("layers of a batch", forward + 4 * batch * sum(tokens), "device", "model.batch_size"),
         # One window as it is collected, with its largest site joined and shuffled, while the
         # window before it is being written.
-        Part("windows", (2 if n_rows > window else 1) * sum(columns) + 2 * max(columns), "host"),
+        Part(
+            "windows",
+            (2 if n_rows > window else 1) * sum(columns) + 2 * max(columns),
+            "host",
+            "store.window_rows",
+            1 / 4,
+        ),  # fmt: skip
     ]
 
 
@@ -50,33 +61,48 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
     """Training, with rows from a store of `n_rows`."""
     options, store = pipeline.train_options, pipeline.store_options
     device = torch.device(resolve_device(pipeline.root.device))
-    size = sum(p.numel() * p.element_size() for p in sae.parameters())
+    size, width = sum(p.numel() * p.element_size() for p in sae.parameters()), width_key(sae)
     batch = options.micro_batch_size or options.batch_size
     row = 4 * sae.d_in
+    ahead = min(store.prefetch + 2, options.n_steps)
     mixed = min(n_rows, max(store.mix_rows, store.window_rows))
     sample = 3 * min(n_rows, N_SAMPLE) * row  # With the temporaries of a geometric median.
     by_rows = sae.sparse and options.n_parts == 1 and fused(ops_on(device))
     screened = sae.sparse and options.precision_on(device) != "fp32"
     # Chunks of scores, and of few entries of each row their score, place and gradient.
     dense = batch * 4 * sae.d_sae
+    averaged = size if options.ema is not None else 0
+    stored = sae.d_in * DTYPES[store.dtype].itemsize + 24
     latents = min(dense, CHUNK_BYTES.get(device.type, dense)) if sae.sparse else 3 * dense
     parts = [
-        Part("parameters", size, "device"),
-        Part("gradients", 0 if by_rows else size, "device"),
-        Part("encoder in half precision", size / 4 if screened else 0, "device"),
-        Part("Adam's moments", 2 * size, "device"),
-        Part("averaged weights", size if options.ema is not None else 0, "device"),
+        Part("parameters", size, "device", width, 1),
+        Part("gradients", 0 if by_rows else size, "device", width, 1),
+        Part("encoder in half precision", size / 4 if screened else 0, "device", width),
+        Part("Adam's moments", 2 * size, "device", width, 1),
+        Part("averaged weights", averaged, "device", "trainer.ema", 1),
         # Normalising the decoder, or the copy that a checkpoint is written from.
-        Part("temporaries of a step", max(2 * size, sample), "device"),
-        Part("activations of a batch", latents + batch * 6 * row, "device"),
-        Part("rows mixed", mixed * (sae.d_in * DTYPES[store.dtype].itemsize + 24), "host"),
-        Part("batches read ahead", (store.prefetch + 2) * options.batch_size * row, "host"),
+        Part("temporaries of a step", max(2 * size, sample), "device", width),
+        # Sure are the rows, and what every kind holds of their latents.
+        Part(
+            "activations of a batch",
+            latents + batch * 6 * row,
+            "device",
+            "trainer.micro_batch_size",
+            1 / 6,
+        ),  # fmt: skip
+        Part("rows mixed", mixed * stored, "host", "store.mix_rows", 1 / 2),
+        Part("batches read ahead", ahead * options.batch_size * row, "host", "store.prefetch"),
     ]
     if store.kind == "stream":
         parts += caching(pipeline, [pipeline.site], n_rows)
     if objectives.runs_the_model(pipeline):
         parts += end_to_end(pipeline)
     return parts
+
+
+def width_key(sae: SAE) -> str:
+    """The key that its width was given by."""
+    return "sae.expansion" if sae.options["d_sae"] is None else "sae.d_sae"
 
 
 def end_to_end(pipeline: Pipeline) -> list[Part]:
@@ -87,10 +113,10 @@ def end_to_end(pipeline: Pipeline) -> list[Part]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     layers, output = forward_bytes(model, n_examples, pipeline.context)
     return [
-        Part("model", weights, "device"),
-        Part("layers of the model", layers, "device"),
+        Part("model", weights, "device", "model", 1),
+        Part("layers of the model", layers, "device", "trainer.micro_batch_size"),
         # Of both runs, and as probabilities.
-        Part("outputs of the model", 5 * output, "device"),
+        Part("outputs of the model", 5 * output, "device", "trainer.micro_batch_size"),
     ]
 
 
@@ -156,7 +182,7 @@ def model_bytes(
 
 def summary(parts: Sequence[Part], device: str) -> str:
     """`about 1.2 GB`, or host and device apart, with what makes up most of it."""
-    base = Part("libraries and data", peak_rss_bytes(), "host")
+    base = Part("libraries and data", peak_rss_bytes(), "host", "")
     every = [base, *parts]
     if device == "cpu":
         total = f"about {gigabytes(sum(part.n_bytes for part in every))}"
@@ -189,6 +215,27 @@ def shortage(what: str, parts: Sequence[Part], device: str) -> list[str]:
     return found
 
 
+def require(what: str, parts: Sequence[Part], device: str) -> None:
+    """Refuse what plainly cannot fit, even on a machine that does nothing else.
+
+    Raises:
+        ConfigError: what is sure to be held is more than there is; with the key to lower.
+    """
+    on_host = [part for part in parts if part.where == "host" or device == "cpu"]
+    on_device = [part for part in parts if part not in on_host]
+    for held, there, where in (
+        (on_host, physical_bytes(), "memory, and this machine has"),
+        (on_device, total_on(device), f"memory of {device}, which has"),
+    ):
+        needed = sum(part.sure * part.n_bytes for part in held)
+        if there is not None and needed > there:
+            largest = max(held, key=lambda part: part.sure * part.n_bytes)
+            raise ConfigError(
+                f"{what} needs at least {gigabytes(needed)} of {where} {gigabytes(there)}: lower "
+                f"{largest.key} ({largest.what})"
+            )
+
+
 def free_memory() -> int | None:
     """Memory that a process could still get, where the system tells."""
     try:
@@ -201,6 +248,11 @@ def free_memory() -> int | None:
 def free_on(device: str) -> int | None:
     """Free memory of a CUDA device."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
+
+
+def total_on(device: str) -> int | None:
+    """Memory of a CUDA device."""
+    return torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else None
 
 
 def gigabytes(n_bytes: float) -> str:

@@ -11,6 +11,7 @@ from sae_runner.commands.cache import check_unchanged, is_cached
 from sae_runner.commands.caveats import space_warnings, warnings_about
 from sae_runner.commands.entries import read_run
 from sae_runner.commands.job import Job
+from sae_runner.commands.limits import checkpoint_bytes
 from sae_runner.commands.ls import shown_path
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.commands.rehearsal import (
@@ -46,11 +47,11 @@ class PlanOptions(NamedTuple):
 
 
 def check(job: Job) -> None:
-    """Refuse what `train` would refuse; several sites are fine here."""
+    """Refuse what `train` would refuse anywhere; several sites are fine here."""
     pipeline = Pipeline(job.cfg, job.choices)
     pipeline.check(train=False)
     if len(pipeline.inputs) == 1:
-        return train.check(job)
+        return train.check_composition(job)
     assert pipeline.train_options and pipeline.eval_options is not None
     assert pipeline.evaluators is not None
 
@@ -129,13 +130,7 @@ class Plan:
 
     def checkpoint_bytes(self) -> int:
         """What the checkpoints of the run take: weights, the state of each that keeps one."""
-        options, sae = self.pipeline.train_options, self.sae
-        if sae is None:
-            return 0
-        weights = sum(p.numel() * p.element_size() for p in sae.parameters())
-        # A state is the weights again and Adam's two moments.
-        with_state = len(options.checkpoint_steps()) + options.keep_state
-        return weights * (len(options.checkpoint_steps()) + 1) + 3 * weights * with_state
+        return 0 if self.sae is None else checkpoint_bytes(self.pipeline.train_options, self.sae)
 
     def memory_of_caching(self) -> list[memory.Part]:
         """The largest of the passes that caching takes."""

@@ -21,6 +21,7 @@ from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.caveats import warnings_about
 from sae_runner.commands.eval import evaluate, run_record
 from sae_runner.commands.job import Job
+from sae_runner.commands.limits import require_room
 from sae_runner.commands.origin import origin
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import checked_options, construct, resolve_device
@@ -37,6 +38,12 @@ log = logging.getLogger("sae_runner")
 
 def check(job: Job) -> None:
     """Refuse what can be refused ahead."""
+    check_composition(job)
+    require_room(Pipeline(job.cfg, job.choices))
+
+
+def check_composition(job: Job) -> None:
+    """Refuse what no machine could run."""
     pipeline = Pipeline(job.cfg, job.choices)
     pipeline.check()
     check_one_k(job)

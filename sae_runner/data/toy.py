@@ -28,11 +28,14 @@ from sae_runner.config import (
 from sae_runner.data import DATASETS
 from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable, split_ids
 from sae_runner.errors import ConfigError
+from sae_runner.meters import physical_bytes
 
 Magnitude = Literal["constant", "uniform", "half_normal", "exponential"]
 Words = npt.NDArray[np.uint64]
 Reals = npt.NDArray[np.float32]
 
+ID_BYTES = 48
+"""Of an example: its id, and what it takes to draw the splits and the order."""
 _VERSION = 1  # Part of the fingerprint: raise it when a change alters a row.
 # Independent streams of random numbers within one row.
 _COUNT, _WHICH, _HOW_MUCH, _TOGETHER, _NOISE = range(5)
@@ -67,6 +70,9 @@ class ToyDataset(Dataset):
         n_examples: rows of both splits together.
         heldout: share of rows that is never trained on.
         seed: decides dictionary, bias, rows and splits.
+
+    Raises:
+        ConfigError: more features or examples than there is memory for.
     """
 
     modality = "rows"
@@ -95,6 +101,15 @@ class ToyDataset(Dataset):
             "magnitude": magnitude, "correlation": correlation, "noise_std": noise_std,
             "bias_norm": bias_norm, "n_examples": n_examples, "heldout": heldout, "seed": seed,
         }  # fmt: skip
+        for key, value, n_bytes in (
+            ("n_features", n_features, 4 * n_features * d),
+            ("n_examples", n_examples, ID_BYTES * n_examples),
+        ):
+            if n_bytes > (limit := physical_bytes() or float("inf")):
+                raise ConfigError(
+                    f"dataset.{key}={value}: takes {n_bytes / 1e9:,.0f} GB of memory, and this "
+                    f"machine has {limit / 1e9:,.0f} GB; lower it"
+                )
         self.n_features, self.d, self.n_examples = n_features, d, n_examples
         self.heldout, self.seed = heldout, seed
         self.magnitude, self.correlation, self.noise_std = magnitude, correlation, noise_std
