@@ -18,6 +18,7 @@ from sae_runner.commands import names
 
 RUN = ("config.yaml", "checkpoints", "run.log")
 """A folder with any of these is a run."""
+NO_RUNS = ("store", "selection", "model", "data", "report", "export", "sweeps", "leftover")
 LEFT_OVER = re.compile(r"\.(?P<name>.+)\.\d+\.(partial|old)")
 """What a killed process leaves of an atomic write."""
 
@@ -27,7 +28,7 @@ class Entry:
     """One thing that `ls` shows and `rm` removes."""
 
     kind: str
-    """store, selection, model, data, leftover, or the kind of a run (`train`)."""
+    """One of NO_RUNS, or the kind of a run (`train`)."""
     path: Path
     state: str
     """`complete`, or what it lacks."""
@@ -52,7 +53,7 @@ class Entry:
     @property
     def is_run(self) -> bool:
         """Whether this is a run of any kind."""
-        return self.kind not in ("store", "selection", "model", "data", "leftover")
+        return self.kind not in NO_RUNS
 
 
 def folders(path: Path) -> list[Path]:
@@ -67,16 +68,17 @@ def is_left_over(path: Path) -> bool:
     return LEFT_OVER.fullmatch(path.name) is not None
 
 
-def _entry(
+def make_entry(
     kind: str, path: Path, state: str, holds: str, called: Sequence[str], mentions: Any
 ) -> Entry:
+    """Completed with what the file system says; `mentions` may be nested."""
     lock = path.parent if kind == "selection" else path
     if files.is_locked(lock) and (kind != "selection" or state != "complete"):
         state = f"in use, {state}"
     n_bytes, modified = _measure(path)
     own = frozenset({*called, str(path.resolve())} - {""})
-    others = frozenset(_strings(mentions)) - own
-    return Entry(kind, path, state, holds, n_bytes, modified, own, others, lock)
+    mentions = frozenset(_strings(mentions)) - own
+    return Entry(kind, path, state, holds, n_bytes, modified, own, mentions, lock)
 
 
 def _measure(path: Path) -> tuple[int, float]:
@@ -117,9 +119,6 @@ def _json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-# -- Stores ------------------------------------------------------------------------------------
-
-
 def read_store(folder: Path) -> Entry:
     """A store, which needs the model and the data that it was written from."""
     store = _json(folder / "store.json")
@@ -133,7 +132,7 @@ def read_store(folder: Path) -> Entry:
     if store:
         holds += f" of {model.get('name')} on {dataset.get('name')}"
     mentions = [model, dataset.get("fingerprint"), ((store or {}).get("config") or {}).get("model")]
-    return _entry("store", folder, state, holds, [folder.name], mentions)
+    return make_entry("store", folder, state, holds, [folder.name], mentions)
 
 
 def _is_written(folder: Path) -> bool:
@@ -148,19 +147,16 @@ def read_selection(folder: Path) -> Entry:
     if not manifest or not _is_written(folder):
         n = len(list(folder.glob("*-*.safetensors")))
         state = "damaged" if manifest is None else f"unfinished: {n} windows written"
-        return _entry("selection", folder, state, "", called, [])
+        return make_entry("selection", folder, state, "", called, [])
     try:
         rows = [f"{manifest['splits'][s]['n_rows']:,}" for s in ("train", "heldout")]
         holds = f"{' + '.join(rows)} rows of {manifest['d']} {manifest['dtype']}"
         shards = [s for part in manifest["splits"].values() for s in part["shards"]]
         lost = sum(not (folder / shard["file"]).is_file() for shard in shards)
     except (KeyError, TypeError):
-        return _entry("selection", folder, "damaged", "", called, [])
+        return make_entry("selection", folder, "damaged", "", called, [])
     state = f"damaged: {lost} of {len(shards)} shards are gone" if lost else "complete"
-    return _entry("selection", folder, state, holds, called, [])
-
-
-# -- Runs --------------------------------------------------------------------------------------
+    return make_entry("selection", folder, state, holds, called, [])
 
 
 def read_run(folder: Path, kind: str, outputs: Path) -> Entry:
@@ -168,7 +164,7 @@ def read_run(folder: Path, kind: str, outputs: Path) -> Entry:
     config = read_config(folder / "config.yaml")
     if config is None:
         state = "damaged" if (folder / "config.yaml").exists() else "unfinished"
-        return _entry(kind, folder, f"{state}: config.yaml", "", [], [])
+        return make_entry(kind, folder, f"{state}: config.yaml", "", [], [])
     steps = sorted((folder / "checkpoints").glob("step_*"), key=lambda path: path.name)
     facts = _json(steps[-1] / "cfg.json") if steps else {}
     state = run_state(folder, config, steps, facts)
@@ -181,7 +177,7 @@ def read_run(folder: Path, kind: str, outputs: Path) -> Entry:
     else:
         mentions += store_of(config, outputs)
     # Others call a run by its path alone: its name may be any word (run_name=…).
-    return _entry(kind, folder, state, ", ".join(filter(None, holds)), [], mentions)
+    return make_entry(kind, folder, state, ", ".join(filter(None, holds)), [], mentions)
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -247,9 +243,6 @@ def store_of(config: Mapping[str, Any], outputs: Path) -> list[str]:
     return [store, *(f"{store}/{name}" for name in selections)]
 
 
-# -- Models, data, remains -----------------------------------------------------------------------
-
-
 def read_model(folder: Path) -> Entry:
     """Weights that were trained here: called by the folder's name and by their hash."""
     facts: dict[str, Any] = {}
@@ -265,7 +258,7 @@ def read_model(folder: Path) -> Entry:
         holds.append(f"held-out loss {loss:.3f}")
     called = [folder.name, str(facts.get("sha256") or "")]
     trained_on = [facts.get(key) for key in ("data", "dataset", "identity")]
-    return _entry("model", folder, state, ", ".join(holds), called, trained_on)
+    return make_entry("model", folder, state, ", ".join(holds), called, trained_on)
 
 
 def _training(kept: Path) -> str:
@@ -282,12 +275,12 @@ def read_data(folder: Path) -> Entry:
     manifest = _json(folder / "manifest.json")
     if not manifest:
         state = "damaged" if manifest is None else "unfinished: no manifest.json"
-        return _entry("data", folder, state, "", [folder.name], [])
+        return make_entry("data", folder, state, "", [folder.name], [])
     rows = manifest.get("n_rows") or {}
     context = (manifest.get("framing") or {}).get("context")
     holds = " + ".join(f"{n:,}" for n in rows.values()) + f" rows of {context} tokens"
     called = [folder.name, str(manifest.get("sha256") or "")]
-    return _entry("data", folder, "complete", holds, called, [])
+    return make_entry("data", folder, "complete", holds, called, [])
 
 
 def left_over(path: Path) -> Entry:

@@ -3,6 +3,9 @@
 outputs/stores/<store>/<selection>/     cached activations
 outputs/models/<model>/                 weights that were trained here
 outputs/data/<data>/                    packed text
+outputs/reports/<report>/               comparisons of runs
+outputs/exports/<export>/               SAEs as other libraries write them
+outputs/sweeps/                         what Hydra and its launchers keep of sweeps
 outputs/<kind>/<run>/config.yaml        runs, of which `train` is the usual kind
 """
 
@@ -21,9 +24,10 @@ from sae_runner.commands.entries import (
     read_selection,
     read_store,
 )
+from sae_runner.commands.products import read_export, read_report, read_sweeps
 from sae_runner.log import working
 
-PLACES = ("stores", "models", "data")
+PLACES = ("stores", "models", "data", "reports", "exports", "sweeps")
 """Folders of outputs/ whose entries are no runs."""
 
 Related = dict[Path, list[Entry]]
@@ -31,7 +35,7 @@ Related = dict[Path, list[Entry]]
 
 @working("looking through outputs")
 def take_inventory(outputs: Path) -> list[Entry]:
-    """Everything there is: stores, each followed by its selections, runs, models, data."""
+    """Everything there is: stores, each followed by its selections, runs, models, and so on."""
     found: list[Entry] = []
     for folder in folders(outputs / "stores"):
         found.append(read_store(folder))
@@ -42,6 +46,9 @@ def take_inventory(outputs: Path) -> list[Entry]:
             found += [read_run(path, place.name, outputs) for path in runs]
     found += [read_model(path) for path in folders(outputs / "models")]
     found += [read_data(path) for path in folders(outputs / "data")]
+    found += [read_report(path) for path in folders(outputs / "reports")]
+    found += [read_export(path) for path in folders(outputs / "exports")]
+    found += [read_sweeps(path) for path in [outputs / "sweeps"] if path.is_dir()]
     for place in folders(outputs):
         found += [left_over(path) for path in sorted(place.iterdir()) if is_left_over(path)]
     return found

@@ -25,9 +25,9 @@ def main(job: Job) -> None:
         InputError: no such folder, or a word that matches nothing.
     """
     outputs = Path(convert(job.cfg["outputs"], Name, "outputs")).expanduser()
-    if not outputs.is_dir():
-        raise InputError(f"outputs={outputs}: there is no such folder")
     words = convert(job.cfg["runs"], list[str], "runs")
+    if not outputs.is_dir() and any(word.startswith("outputs=") for word in job.overrides):
+        raise InputError(f"outputs={outputs}: there is no such folder")
     inventory = take_inventory(outputs)
     shown = restricted(words, inventory, outputs) if words else inventory
     if not shown:
@@ -41,12 +41,13 @@ def main(job: Job) -> None:
 
 
 def sections(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Stores first, then runs by kind, models, data, and what killed processes left."""
+    """Stores first, then runs by kind, models, data, products, and what killed processes left."""
     runs = sorted({e.kind for e in entries if e.is_run})
     kinds = {
         "stores": ("store", "selection"),
         **{f"runs: {kind}" if kind != "train" else "runs": (kind,) for kind in runs},
-        "models": ("model",), "data": ("data",), "left over": ("leftover",),
+        "models": ("model",), "data": ("data",), "reports": ("report",), "exports": ("export",),
+        "sweeps": ("sweeps",), "left over": ("leftover",),
     }  # fmt: skip
     found = {title: [e for e in entries if e.kind in wanted] for title, wanted in kinds.items()}
     return {title: group for title, group in found.items() if group}

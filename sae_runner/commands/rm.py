@@ -14,7 +14,7 @@ from sae_runner.commands.listing import show_table
 from sae_runner.commands.ls import shown_path
 from sae_runner.commands.words import named
 from sae_runner.config import Name, convert
-from sae_runner.errors import InputError
+from sae_runner.errors import InputError, Interrupted
 from sae_runner.log import working
 
 
@@ -91,7 +91,11 @@ def agreed() -> bool:
     try:
         return input("Remove this? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
+        print()  # No answer has ended the line.
         return False
+    except (KeyboardInterrupt, Interrupted):
+        print()
+        raise
 
 
 @working("removing")

@@ -42,8 +42,8 @@ def named(words: Sequence[str], inventory: Sequence[Entry], outputs: Path) -> li
             if not place.is_relative_to(outputs.resolve()):
                 raise InputError(f"{word} is outside outputs={outputs}: nothing is removed there")
             raise InputError(
-                f"{word} is no store, selection, run, model or data; name what is in it "
-                "(`sae-run ls`), or a glob such as 'outputs/train/toy-*'"
+                f"{word} is no store, run, model or anything else that `sae-run ls` shows; name "
+                "what is in it, or a glob such as 'outputs/train/toy-*'"
             )
         if not found:
             raise InputError(_nothing(word, inventory, outputs))

@@ -70,6 +70,28 @@ def test_a_stopped_training_says_how_far_it_got(tmp_path, ls):
     assert "unfinished: no weights" in ls(tmp_path / "outputs")[1]
 
 
+def test_reports_exports_and_records_of_sweeps(write, tmp_path, ls):
+    write("reports/1f/table.csv", "run,path\na,b\nc,d\n")
+    write("reports/1f/report.html")
+    write("reports/2e/table.csv", "run,path\na,b\n")
+    write("exports/toy-a-saelens/README.md")
+    write("sweeps/multirun.yaml", "hydra: 1")
+    lines = [line.split() for line in ls(tmp_path / "outputs") if line]
+    heads = ["reports", "exports", "sweeps"]
+    assert [line[0] for line in lines if line[0] in heads] == heads
+    shown = {line[0].rpartition("/")[2]: " ".join(line[1:]) for line in lines}
+    assert shown["1f"].startswith("complete 2 runs ")
+    assert shown["2e"].startswith("unfinished: no report.html 1 run ")
+    assert shown["toy-a-saelens"].startswith("complete saelens ")
+    assert "complete records of launchers" in " ".join(lines[-2])
+
+
+def test_before_anything_was_made_there_is_nothing(in_process, capsys, tmp_path):
+    assert in_process("ls") == 0
+    assert capsys.readouterr().out == "nothing in outputs yet\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_yet(tmp_path, ls):
     (tmp_path / "outputs").mkdir()
     assert ls(tmp_path / "outputs") == [f"nothing in {tmp_path / 'outputs'} yet"]

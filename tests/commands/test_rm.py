@@ -7,7 +7,7 @@ import pytest
 from sae_runner import files
 from sae_runner.commands import rm as rm_module
 from sae_runner.commands.rm import main
-from sae_runner.errors import ConfigError, InputError
+from sae_runner.errors import ConfigError, InputError, Interrupted
 
 
 @pytest.fixture
@@ -89,6 +89,31 @@ def test_someone_at_a_terminal_is_asked(outputs, places, rm, monkeypatch, capsys
     assert str(run) in out and "[y/N]" in out
     assert run.exists() is not gone
     assert ("nothing was removed" in out) is not gone
+
+
+def test_no_answer_ends_the_line(outputs, places, rm, monkeypatch, capsys):
+    run, _ = places
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    rm(outputs, run.name)
+    assert capsys.readouterr().out.endswith("[y/N] \nnothing was removed\n")
+
+    def interrupted(_):
+        raise Interrupted(2)
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    with pytest.raises(Interrupted):
+        rm(outputs, run.name)
+    assert capsys.readouterr().out.endswith("\n\n") and run.exists()
+
+
+def test_reports_exports_and_records_of_sweeps_go(write, tmp_path, rm):
+    report, export = write("reports/1f/table.csv", "run\n"), write("exports/a-saelens/README.md")
+    sweeps = write("sweeps/multirun.yaml")
+    with pytest.raises(InputError, match=r"^reports is no store, run"):
+        rm(tmp_path / "outputs", "reports", yes=True)
+    rm(tmp_path / "outputs", "1f", "a-saelens", "sweeps", yes=True)
+    assert not any(path.parent.exists() for path in (report, export, sweeps))
+    assert (tmp_path / "outputs" / "reports").is_dir()
 
 
 def test_without_a_terminal_nothing_goes_unless_yes(outputs, places, rm, monkeypatch, snapshot):

@@ -49,7 +49,7 @@ def test_rm_takes_paths_names_and_globs(things, word, expected):
     ("word", "message"),
     [
         ("toy-topk-9", "toy-topk-9: nothing of that name or path in .*Did you mean 'toy-topk-"),
-        ("outputs/train", "is no store, selection, run, model or data; name what is in it"),
+        ("outputs/train", "is no store, run, model or anything else that `sae-run ls` shows; name"),
         ("outputs", "is no store"),
         ("outputs/train/notes.txt", "is no store"),
         ("outputs/train/toy-topk-1/config.yaml", "is no store"),
