@@ -52,7 +52,8 @@ def main(job: Job) -> None:
     with files.locked(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         with log_to(run_dir / "run.log"):
-            if pipeline.store_options.kind == "disk":
+            rows = is_foreign or bool(unmeasured(run_dir, pipeline, folder, pipeline.root.force))
+            if rows and pipeline.store_options.kind == "disk":
                 ensure_store(pipeline)
                 pipeline.release_model()
             if is_foreign:
@@ -114,12 +115,10 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
     """Run the evaluators that have not been run on a checkpoint yet, then write the report."""
     folder = folder or find_checkpoint(run_dir)
     eval_dir, facts = run_dir / "eval" / folder.name, read_facts(folder)
-    todo = {}
-    for name, evaluator in pipeline.evaluators.items():
-        if not force and _is_current(eval_dir / f"{name}.json", pipeline, name, evaluator, facts):
+    todo = unmeasured(run_dir, pipeline, folder, force)
+    for name in pipeline.evaluators:
+        if name not in todo:
             log.info("evaluator %s is done", name)
-        else:
-            todo[name] = evaluator
     path = report_path(run_dir, folder.name, last=folder.name == step_dirs(run_dir)[-1].name)
     if not todo and _is_reported(path, eval_dir, pipeline):
         if path.parent == run_dir and not (run_dir / "figures").is_dir():
@@ -161,6 +160,18 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
     )
     if path.parent == run_dir:
         draw_run(run_dir)
+
+
+def unmeasured(
+    run_dir: Path, pipeline: Pipeline, folder: Path, force: bool
+) -> dict[str, Evaluator]:
+    """The evaluators that have not been run on a checkpoint yet, or all."""
+    eval_dir, facts = run_dir / "eval" / folder.name, read_facts(folder)
+    return {
+        name: evaluator
+        for name, evaluator in pipeline.evaluators.items()
+        if force or not _is_current(eval_dir / f"{name}.json", pipeline, name, evaluator, facts)
+    }
 
 
 def settled(record: Mapping[str, Any]) -> dict[str, Any]:
