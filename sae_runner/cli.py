@@ -1,9 +1,9 @@
 """The `sae-run` command: one sub-command per pipeline step, each an ordinary Hydra application."""
 
-import argparse
+import contextlib
 import importlib
+import io
 import os
-import re
 import sys
 import threading
 import traceback
@@ -23,13 +23,11 @@ COMMANDS = {
     "report": "compare runs: table, CSV, Markdown, one HTML page (RUN … or globs)",
     "plan": "say what a composition would do and cost, writing nothing",
     "sites": "list the sites of a model, without its weights",
-    "ls": "show stores, runs and models that were trained here",
-    "rm": "remove runs, stores or models, never what something else needs",
+    "ls": "show stores, runs, models that were trained here, reports",
+    "rm": "remove any of these, never what something else needs",
 }
 TAKES_PATHS = ("report", "ls", "rm")
 """Commands whose words without `=` are run directories or globs."""
-LONGEST_WORD = 4096
-"""Characters of an override: as long as a path may be."""
 ANSWERS = ("plan", "sites")
 """Commands that only say something: a sweep of them takes neither a launcher nor a folder."""
 
@@ -74,12 +72,16 @@ def dispatch() -> None:
 
     if command not in COMMANDS:
         stop(f"sae-run: no command {command!r}.{did_you_mean(command, COMMANDS)}", 2)
+    from sae_runner import command_line
+
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; this function prints.
-    outcome.failures, outcome.words = [], take_words(command)
-    add_width_override()
-    put_flags_first()
+    outcome.failures = []
+    outcome.words = command_line.take_words() if command in TAKES_PATHS else ()
+    command_line.add_width_override()
+    command_line.put_flags_first()
+    command_line.quote_values()
     try:
-        check_words(sys.argv[1:])
+        command_line.check_words(sys.argv[1:])
         if {"-h", "--help"} & set(sys.argv):
             from sae_runner.composition import help_page
 
@@ -114,7 +116,7 @@ def fail(command: str, error: Exception) -> None:
 
     if error in outcome.failures:  # Said when it happened.
         sys.exit(exit_code(error))
-    if message := explain(error):
+    if message := explain(error, command):
         stop(f"sae-run {command}: {message}", exit_code(error))
     traceback.print_exception(without_hydra_frames(error))
     sys.exit(1)
@@ -131,67 +133,6 @@ def stop(message: str, code: int) -> None:
     """Print one line on standard error and exit."""
     print(message, file=sys.stderr)
     sys.exit(code)
-
-
-def take_words(command: str) -> list[str]:
-    """Take run directories and globs off the command line, for the commands that know them."""
-    words = sys.argv[1:]
-    if command not in TAKES_PATHS:
-        return []
-    # Hydra's own options with a value: what follows them is no path.
-    valued = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn")
-    plain: list[str] = []
-    kept = [sys.argv[0]]
-    for before, word in zip(["", *words], words, strict=False):
-        is_path = not word.startswith(("-", "+", "~")) and "=" not in word
-        (plain if is_path and before not in valued else kept).append(word)
-    sys.argv[:] = kept
-    return plain
-
-
-def add_width_override() -> None:
-    """Let `sae.d_sae=` stand for the width alone: the default is an expansion."""
-    given = {m[1] for word in sys.argv if (m := re.match(r"\+*sae\.(d_sae|expansion)=", word))}
-    if given == {"d_sae"}:
-        from sae_runner.commands.job import IMPLIED
-
-        sys.argv.append(IMPLIED)
-
-
-def put_flags_first() -> None:
-    """Let `-m` stand anywhere: Hydra's parser takes overrides in one piece only."""
-    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
-    sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
-
-
-def check_words(words: Sequence[str]) -> None:
-    """Refuse in one line what Hydra answers with a page or a traceback.
-
-    Raises:
-        ConfigError: a flag that there is none of, or a group that is left without an option.
-    """
-    from hydra._internal.utils import get_args_parser
-
-    from sae_runner.config import options_of
-    from sae_runner.errors import ConfigError, did_you_mean
-
-    parser = get_args_parser()
-    parser.exit_on_error = False
-    try:
-        known, unknown = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    if unknown:
-        flags = [action.option_strings[0] for action in parser._actions if action.option_strings]
-        raise ConfigError(f"no flag {unknown[0]!r}.{did_you_mean(unknown[0], flags)}")
-    for word in known.overrides:
-        if word.startswith("="):
-            raise ConfigError(f"{word!r}: no key before the =")
-        if len(word) > LONGEST_WORD:
-            raise ConfigError(f"{word[:40]!r}…: {len(word):,} characters are no override")
-        group, _, value = word.lstrip("+").partition("=")
-        if "null" in value.split(",") and (options := options_of(group)):
-            raise ConfigError(f"{group}=null: needs one of {', '.join(options)}")
 
 
 def hydra_app(command: str) -> Callable[[], Any]:
@@ -273,7 +214,7 @@ def run(cfg: "DictConfig") -> None:
     except Exception as error:
         from sae_runner.explain import explain
 
-        message = explain(error)
+        message = explain(error, command)
         if not message or "basic" not in str(hydra.launcher.get("_target_", "basic")):
             raise  # Other launchers run jobs elsewhere: only an exception tells them.
         outcome.failures.append(error)
@@ -321,12 +262,22 @@ def job_of(cfg: "DictConfig") -> "Job":
 
 
 def complete() -> None:
-    """Answer the shell's completion query, hiding the sub-command word from Hydra."""
-    words = os.environ.get("COMP_LINE", "sae-run train ").split(" ")
-    if len(words) < 3:
-        return print(" ".join(COMMANDS))
-    os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
-    hydra_app(words[1] if words[1] in COMMANDS else "train")()
+    """Answer the shell: install completion, or say what could stand in place of the last word."""
+    if "query=bash" not in sys.argv:
+        hydra_app("train")()
+        return
+    from sae_runner.completion import candidates
+
+    line = os.environ.get("COMP_LINE", "sae-run train ")
+    print(" ".join(candidates(line, COMMANDS, TAKES_PATHS, ask_hydra)))
+
+
+def ask_hydra(command: str, words: Sequence[str]) -> list[str]:
+    """What Hydra offers for the last of the words after a command."""
+    os.environ["COMP_LINE"] = " ".join(["sae-run", *words])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        hydra_app(command if command in COMMANDS else "train")()
+    return said.getvalue().split()
 
 
 def usage() -> str:

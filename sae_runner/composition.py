@@ -75,6 +75,13 @@ def composed_jobs(command: str, words: Sequence[str]) -> list[Job]:
         return [job_of_composed(composer.compose(job)) for batch in batches for job in batch]
 
 
+def keys_of(command: str) -> list[str]:
+    """The keys and groups that a command takes."""
+    with composing(command, []) as composer:
+        cfg = composer.compose([])
+    return sorted({*map(str, cfg), *chosen(cfg.hydra.runtime.choices)} - {"hydra"})
+
+
 def help_page(command: str, words: Sequence[str]) -> str:
     """What `sae-run COMMAND --help` prints: groups, options and the composed config.
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_runner.errors import ConfigError, did_you_mean
+from sae_runner.errors import ConfigError, did_you_mean, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +291,9 @@ def convert_union(value: Any, members: tuple[Any, ...], key: str) -> Any:
         except ConfigError as error:
             of_a_list = isinstance(value, list) and typing.get_origin(member) is list
             first = error if of_a_list else first or error
+    words = [w for m in members if typing.get_origin(m) is typing.Literal for w in m.__args__]
+    if isinstance(value, str) and (close := nearest(value, words)):
+        raise ConfigError(f"{first}. Did you mean {close[0]!r}?")
     raise first or ConfigError(f"{key}={value}: no value is allowed here")
 
 

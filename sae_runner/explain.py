@@ -4,18 +4,20 @@ import errno
 import re
 from typing import Any
 
+from sae_runner.composition import keys_of
 from sae_runner.config import options_of
 from sae_runner.errors import InputError, did_you_mean
 
 ALREADY_THERE = re.compile(r"An item is already at '(.+?)'")
+NOT_TAKEN = re.compile(r"Could not (?:override|delete) '([^'@]+?)'")
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.EIO,
                 errno.ENAMETOOLONG)  # fmt: skip
 NO_SPACE = "No space left on device"
 NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
 
 
-def explain(error: BaseException) -> str | None:
-    """One line for what a user can mend; None for any other exception."""
+def explain(error: BaseException, command: str = "") -> str | None:
+    """One line for what a user of `command` can mend; None for any other exception."""
     if isinstance(error, InputError):
         return " ".join(str(error).split())
     if is_full_disk(error):
@@ -32,7 +34,7 @@ def explain(error: BaseException) -> str | None:
             "out of memory: lower trainer.micro_batch_size, sae.d_sae, model.batch_size, "
             "store.window_rows or store.mix_rows; finished steps stay and are skipped"
         )
-    return explain_hydra(error)
+    return explain_hydra(error, command)
 
 
 def is_bad_input(error: BaseException) -> bool:
@@ -53,19 +55,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
 
 
-def explain_hydra(error: BaseException) -> str | None:
+def explain_hydra(error: BaseException, command: str) -> str | None:
     """Errors of composition: unknown keys and options, wrong types, missing values."""
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"no option {option!r} in group {group!r}.{did_you_mean(option, options_of(group))}"
+        options = error.options or options_of(group)
+        return f"no option {option!r} in group {group!r}.{did_you_mean(option, options)}"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return explain_key(cause)
     if there := ALREADY_THERE.search(str(error)):
         return f"no new key {there[1]!r}: there is one already; leave out the +"
+    if other := NOT_TAKEN.search(str(error)):
+        known = f" {command} takes {', '.join(keys_of(command))}." if command else ""
+        return f"no key {other[1]!r} here.{known}"
+    if isinstance(error, OverrideParseException):
+        key = error.override.partition("=")[0]
+        return (
+            f"{error.override}: cannot be read; a value with special characters needs quotes, "
+            f"and these others from the shell: \"{key}='…'\""
+        )
     if isinstance(error, HydraException):
         return " ".join(str(error).split())
     return None
@@ -75,7 +87,8 @@ def explain_key(error: Any) -> str:
     """A key that is not there, or a value of another type."""
     first_line = str(error).splitlines()[0]
     if first_line.startswith("Key ") and error.parent_node is not None:
-        return f"no key {error.full_key!r}.{did_you_mean(str(error.key), error.parent_node)}"
+        known = [key for key in error.parent_node if key != "hydra"]
+        return f"no key {error.full_key!r}.{did_you_mean(str(error.key), known)}"
     if "Missing mandatory value" in first_line:
         return f"{error.full_key!r} needs a value"
     return f"{error.full_key}: {first_line}" if error.full_key else first_line

@@ -142,6 +142,22 @@ BAD = {
         ["train", "model=clip_vit_b32", "model.weights=random", "dataset=stdlib_text"], "reads image, and dataset=stdlib_text holds text"),
     "images for a model of text": (["train", "model=tiny_lm", "dataset=digits"], "reads text, and dataset=digits holds image"),
     "one example": (["train", "dataset.n_examples=1"], "dataset of 1 examples cannot be split"),
+    "checkpoints beyond the disk": (["train", "sae.d_sae=2000000000"], "store and checkpoints need 4.2 TB"),
+    "batch beyond memory": (
+        ["train", "trainer.batch_size=10000000000", "trainer.n_tokens=100000000000"], "lower trainer.micro_batch_size"),
+    "weights beyond memory in a sweep": (
+        ["train", "-m", "sae.expansion=2,10000000"], "lower sae.expansion"),
+    "examples beyond memory": (
+        ["train", "dataset.n_examples=1000000000000"], "dataset.n_examples=1000000000000: takes 48,000 GB of memory"),
+    "near a word of its values": (["train", "trainer.lr=autoo"], "trainer.lr=autoo: Value 'autoo' of type 'str' could not be "
+                                  "converted to Float. Did you mean 'auto'?"),
+    "unknown launcher": (["train", "-m", "hydra/launcher=togethr"], "no option 'togethr' in group 'hydra/launcher'. Did you mean 'together'?"),
+    "group of another command": (["ls", "model=toy"], "no key 'model' here. ls takes outputs, runs."),
+    "run that is not there": (["report", "nope"], "runs=nope: no run directory there."),
+    "letters that no key has": (["train", "sae.ü=3"], "sae.ü=3: cannot be read; a value with special characters needs quotes"),
+    "open quote": (["train", "init_from='x"], "init_from='x: cannot be read"),
+    "data of another alphabet": (
+        ["train", "model=tiny_lm", "dataset=sst2", "dataset.path=./Bücher/x.tsv"], "dataset.path=./Bücher/x.tsv: "),
     "absent data": (
         ["train", "model=tiny_clip", "dataset=cifar10", "dataset.path=./absent.parquet"], "dataset.path"),
     "absent text": (["train", "model=tiny_lm", "dataset=sst2", "dataset.path=./absent.tsv"], "dataset.path"),
@@ -456,6 +472,17 @@ def test_eval_alone_adds_an_evaluator(finished_run, in_process, tmp_path):
     }  # fmt: skip
 
 
+def test_eval_of_nothing_new_needs_no_rows(finished_run, in_process, tmp_path, capfd):
+    import shutil
+
+    shutil.rmtree(tmp_path / "outputs" / "stores")
+    assert in_process("eval", f"checkpoint={finished_run}", "evaluators=[]") == 0
+    bootstraps = [w for w in QUICK if w.startswith("evaluators.")]
+    assert in_process("eval", f"checkpoint={finished_run}", *bootstraps) == 0
+    assert "evaluator density is done" in capfd.readouterr().err
+    assert not (tmp_path / "outputs" / "stores").exists()
+
+
 def test_eval_takes_the_name_of_a_run(finished_run, in_process):
     assert in_process("eval", f"checkpoint={finished_run.name}", "evaluators=[density]") == 0
 
@@ -521,7 +548,7 @@ def test_changed_data_are_noticed(in_process, tmp_path, capfd):
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["eval", "--help"],
+    [[], ["--version"], ["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["eval", "--help"],
      ["report", "--help"], ["cache", "--help"]],
     ids=" ".join,
 )  # fmt: skip
@@ -562,7 +589,7 @@ def test_unknown_names_are_refused_without_torch(tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [("sae-run tr", "train"), ("sae-run train sae=", "sae=relu"), ("sae-run train -m sae.k", "sae.k="),
-     ("sae-run report ", "outputs")],
+     ("sae-run report ", "outputs"), ("sae-run train sae=topk,ga", "sae=topk,gated\n")],
 )  # fmt: skip
 def test_completion(line, expected, tmp_path):
     environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line)), "_PYTHON": "x"}

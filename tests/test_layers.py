@@ -21,7 +21,7 @@ ROOMS = [
     {"evaluators", "training"},
     {"report"},
     {"commands"},
-    {"composition", "explain"},
+    {"composition", "explain", "command_line", "completion"},
     {"cli"},
     {"plugins"},
 ]

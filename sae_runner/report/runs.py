@@ -93,8 +93,8 @@ def find_runs(patterns: Sequence[str], train_dir: Path) -> tuple[list[Path], lis
             named = sorted(p for p in train_dir.glob(pattern) if not p.name.startswith("."))
             runs = [run for path in named for run in _runs_at(path)]
         if not runs:
-            siblings = [run.name for run in _runs_at(Path(expanded).parent)]
-            hint = did_you_mean(Path(expanded).name, siblings) if siblings else ""
+            near = [*_runs_at(Path(expanded).parent), *_runs_at(train_dir)]
+            hint = did_you_mean(Path(expanded).name, {run.name for run in near}, limit=8)
             raise InputError(f"runs={pattern}: no run directory there.{hint}")
         for run in runs:
             found.setdefault(run.resolve(), run)

@@ -1,0 +1,44 @@
+"""What was typed, before Hydra reads it."""
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from sae_runner.command_line import quoted
+
+
+def read(word):
+    """The value, or the values of a sweep, as Hydra understands an override."""
+    (override,) = OverridesParser.create().parse_overrides([word])
+    if override.is_sweep_override():
+        return [str(item).strip("'") for item in override.sweep_string_iterator()]
+    return override.value()
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("dataset.path=/tmp/Bücher/x.tsv", "/tmp/Bücher/x.tsv"),
+        ("dataset.path=/tmp/my Bücher/x.tsv", "/tmp/my Bücher/x.tsv"),
+        ("dataset.path=a#b&c;d!e~f<g>h^i`j", "a#b&c;d!e~f<g>h^i`j"),
+        ("dataset.path=~/x.tsv", "~/x.tsv"),
+        ("dataset.path=東京/*.parquet", "東京/*.parquet"),
+        ("dataset.path='/tmp/Bücher'", "/tmp/Bücher"),
+        ('dataset.path="/tmp/it\'s Bücher"', "/tmp/it's Bücher"),
+        ("site.name=[embed, é.b, 'ü c']", ["embed", "é.b", "ü c"]),
+        ("model.x={a: ü, b: 3}", {"a": "ü", "b": 3}),
+        ("dataset.path=/a/ü,/b/plain,'/c/ö'", ["/a/ü", "/b/plain", "/c/ö"]),
+        ("+x=${outputs}/Bücher", "${outputs}/Bücher"),
+    ],
+)
+def test_a_value_may_have_any_character(word, value):
+    assert read(quoted(word)) == value
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["sae.k=8", "sae=topk,relu", "sae.k=range(1,8,2)", "site.name='blocks.*.resid_post'", "x=1e-3",
+     "dataset.path=/tmp/x.tsv", "site.name=[a,b]", "x={a:1}", "outputs=${oc.env:HOME}/x", "--help",
+     "~ümodel", "a=b:c d", "x=glob(*,exclude=b*)"],
+)  # fmt: skip
+def test_what_hydra_reads_is_left_as_it_is(word):
+    assert quoted(word) == word
