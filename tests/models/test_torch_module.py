@@ -222,6 +222,18 @@ def test_weights_may_be_given(host: TorchModule, outputs: Path, tmp_path: Path,
         build(tmp_path, digits(), weights=str(folder), options={"widths": [10, 10]})
 
 
+def test_a_number_of_classes_that_goes_with_nothing_is_refused(
+    host: TorchModule, outputs: Path, tmp_path: Path
+) -> None:
+    folder = next(p for p in (outputs / "models").iterdir() if p.is_dir())
+    with pytest.raises(ConfigError, match=r"^model\.n_classes=9: dataset 'digits' has 10; set it"):
+        build(tmp_path, digits(), n_classes=9)
+    with pytest.raises(ConfigError, match=r"^model\.n_classes=11: these weights are for 10$"):
+        build(tmp_path, digits(), n_classes=11, weights=str(folder))
+    assert build(tmp_path, digits(), n_classes=None, meta=True).n_classes == 10
+    assert build(tmp_path, digits(), n_classes=11, meta=True).n_classes == 11
+
+
 def test_shapes_are_learned_without_training(host: TorchModule, tmp_path: Path) -> None:
     bare = build(tmp_path, digits(), meta=True)
     assert bare.sites() == host.sites()
@@ -299,7 +311,7 @@ def test_without_labels_there_is_nothing_to_learn(tmp_path: Path) -> None:
 
     bare = Bare(heldout=0.2, n_examples=None, n_heldout=None, seed=0)
     with pytest.raises(ConfigError, match=r"model\.n_classes=null: dataset 'digits' has no"):
-        build(tmp_path, bare)
+        build(tmp_path, bare, n_classes=None)
     with pytest.raises(ConfigError, match=r"model\.weights=null trains on labels"):
         build(tmp_path, bare, n_classes=10)
     with pytest.raises(ConfigError, match=r"model\.weights=null: a dataset is needed"):
