@@ -28,7 +28,7 @@ COMMANDS = {
 }
 TAKES_PATHS = ("report", "ls", "rm")
 """Commands whose words without `=` are run directories or globs."""
-ANSWERS = ("plan", "sites")
+ANSWERS = ("plan", "sites", "report", "ls", "rm")
 """Commands that only say something: a sweep of them takes neither a launcher nor a folder."""
 
 
@@ -78,6 +78,7 @@ def dispatch() -> None:
     outcome.failures = []
     outcome.words = command_line.take_words() if command in TAKES_PATHS else ()
     command_line.add_width_override()
+    command_line.add_sweep_folder(command)
     command_line.put_flags_first()
     command_line.quote_values()
     try:
@@ -160,6 +161,8 @@ def preflight(command: str) -> "list[Job]":
     module = module_of(command)
     check: Any = getattr(module, "check", None)
     jobs = composed_jobs(command, words)
+    for job in jobs if outcome.words else []:
+        job.cfg["runs"] = list(outcome.words)
     with Progress("check", len(jobs), "jobs") as progress:
         for job in jobs if check else []:
             try:

@@ -42,6 +42,13 @@ def add_width_override() -> None:
         sys.argv.append(IMPLIED)
 
 
+def add_sweep_folder(command: str) -> None:
+    """Let `outputs=` move what Hydra keeps of a sweep where the config cannot say so itself."""
+    given = [word.partition("=")[2] for word in sys.argv if word.startswith("outputs=")]
+    if command == "eval" and given and not any("hydra.sweep.dir=" in word for word in sys.argv):
+        sys.argv.append(f"hydra.sweep.dir={given[-1]}/sweeps")
+
+
 def put_flags_first() -> None:
     """Let `-m` stand anywhere: Hydra's parser takes overrides in one piece only."""
     flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]

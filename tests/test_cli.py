@@ -142,7 +142,7 @@ BAD = {
         ["train", "model=clip_vit_b32", "model.weights=random", "dataset=stdlib_text"], "reads image, and dataset=stdlib_text holds text"),
     "images for a model of text": (["train", "model=tiny_lm", "dataset=digits"], "reads text, and dataset=digits holds image"),
     "one example": (["train", "dataset.n_examples=1"], "dataset of 1 examples cannot be split"),
-    "checkpoints beyond the disk": (["train", "sae.d_sae=2000000000"], "store and checkpoints need 4.2 TB"),
+    "checkpoints beyond the disk": (["train", "sae.d_sae=2000000000"], "store and checkpoints need 4.1 TB"),
     "batch beyond memory": (
         ["train", "trainer.batch_size=10000000000", "trainer.n_tokens=100000000000"], "lower trainer.micro_batch_size"),
     "weights beyond memory in a sweep": (
@@ -496,6 +496,23 @@ def test_training_without_splicing_never_loads_the_model(finished_run, in_proces
     monkeypatch.setattr(store_pipeline, "build_model", refuse)
     monkeypatch.setattr(store_pipeline, "_shapes", refuse)
     assert in_process("train", *QUICK, "seed=3") == 0
+
+
+def test_sweeps_leave_nothing_in_the_folder_where_they_are_typed(
+    finished_run, in_process, tmp_path
+):
+    (tmp_path / "outputs").rename(tmp_path / "elsewhere")
+    run, moved = f"elsewhere/train/{finished_run.name}", "outputs=elsewhere"
+    for words in (
+        ["eval", "-m", f"checkpoint={run}", "evaluators=[density],[]", moved],
+        ["report", "-m", run, "x=sparsity.l0,sparsity.l1", moved],
+        ["ls", "-m", moved],
+        ["rm", "-m", "yes=true", run, moved],
+    ):
+        assert in_process(*words) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert len(list(tmp_path.glob("elsewhere/reports/*/report.html"))) == 1
+    assert not (tmp_path / run).exists()
 
 
 def test_out_of_memory_is_one_line(in_process, monkeypatch, capfd):
