@@ -53,7 +53,7 @@ def caching(pipeline: Pipeline, infos: Sequence[SiteInfo], n_rows: int) -> list[
             "host",
             "store.window_rows",
             1 / 4,
-        ),  # fmt: skip
+        ),
     ]
 
 
@@ -89,7 +89,7 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
             "device",
             "trainer.micro_batch_size",
             1 / 6,
-        ),  # fmt: skip
+        ),
         Part("rows mixed", mixed * stored, "host", "store.mix_rows", 1 / 2),
         Part("batches read ahead", ahead * options.batch_size * row, "host", "store.prefetch"),
     ]
