@@ -28,7 +28,7 @@ class Part(NamedTuple):
     what: str
     n_bytes: float
     where: Literal["host", "device"]
-    key: str
+    key: str = ""
     """What makes it less."""
     sure: float = 0.0
     """The share of it that cannot be done without, whatever the estimate is worth."""
@@ -182,7 +182,7 @@ def model_bytes(
 
 def summary(parts: Sequence[Part], device: str) -> str:
     """`about 1.2 GB`, or host and device apart, with what makes up most of it."""
-    base = Part("libraries and data", peak_rss_bytes(), "host", "")
+    base = Part("libraries and data", peak_rss_bytes(), "host")
     every = [base, *parts]
     if device == "cpu":
         total = f"about {gigabytes(sum(part.n_bytes for part in every))}"
