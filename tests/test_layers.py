@@ -71,7 +71,7 @@ def test_imports_run_one_way(path):
 
 
 def test_only_commands_and_configuration_know_omegaconf():
-    rooms = {"config", "commands", "explain", "composition", "cli", "plugins"}
+    rooms = {"config", "commands", "explain", "composition", "completion", "cli", "plugins"}
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if room not in rooms:
