@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_runner import files
-from sae_runner.errors import StoreError
+from sae_runner.errors import StoreError, nearest
 from sae_runner.interchange import FORMATS, _hub, recognise
 from sae_runner.interchange.base import weights_hash
 from sae_runner.saes import SAES
@@ -119,7 +119,9 @@ def find_checkpoint(path: str | Path) -> Path:
             continue
         return folder
     if not path.exists():
-        raise StoreError(f"checkpoint={given}: there is no such folder")
+        close = nearest(path.name, (p.name for p in path.parent.glob("[!.]*/")))
+        hint = f"; did you mean {path.parent / close[0]}?" if close else ""
+        raise StoreError(f"checkpoint={given}: there is no such folder{hint}")
     raise StoreError(f"checkpoint={given}: no sound checkpoint in it; `sae-run ls` lists the runs")
 
 

@@ -483,8 +483,14 @@ def test_eval_of_nothing_new_needs_no_rows(finished_run, in_process, tmp_path, c
     assert not (tmp_path / "outputs" / "stores").exists()
 
 
-def test_eval_takes_the_name_of_a_run(finished_run, in_process):
+def test_eval_takes_the_name_of_a_run(finished_run, in_process, capfd):
     assert in_process("eval", f"checkpoint={finished_run.name}", "evaluators=[density]") == 0
+    for words in (["eval", f"checkpoint={finished_run.name[:-1]}"],
+                  ["train", *QUICK, f"init_from=outputs/train/{finished_run.name[:-1]}"]):  # fmt: skip
+        capfd.readouterr()
+        assert in_process(*words) == 2
+        line = one_line(capfd.readouterr().err)
+        assert f"there is no such folder; did you mean {finished_run}?" in line
 
 
 def test_training_without_splicing_never_loads_the_model(finished_run, in_process, monkeypatch):

@@ -68,8 +68,9 @@ def asked_checkpoint(job: Job) -> str:
         raise ConfigError(
             "'checkpoint' needs a value: checkpoint=RUN_DIR (`sae-run ls` lists them)"
         )
-    named = Path(str(job.cfg.get("outputs") or "outputs")) / "train" / str(checkpoint)
-    return str(checkpoint if Path(str(checkpoint)).exists() or not named.is_dir() else named)
+    given, runs = str(checkpoint), Path(str(job.cfg.get("outputs") or "outputs")) / "train"
+    is_name = not Path(given).exists() and not set(given) & set("/:") and runs.is_dir()
+    return str(runs / given) if is_name else given
 
 
 def run_record(run_dir: Path) -> dict[str, Any]:
