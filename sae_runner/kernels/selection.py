@@ -51,7 +51,7 @@ class Selector:
         self._version = -1  # Of the W that the buffer of that name is a copy of.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Selector":
-        return Selector(self.precision)  # Buffers are nobody's state.
+        return Selector()  # A copy is for use, which is exact; buffers are nobody's state.
 
     @torch.no_grad()
     def top(

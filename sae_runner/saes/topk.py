@@ -85,8 +85,10 @@ class TopK(SAE):
 
     def encode_chunk(self, x: Float[Tensor, "n d_in"]) -> Latents:
         """See `SAE.encode_chunk`; no dense latents are made."""
-        values, indices = self.choose(self.pre_activations(self.scaled(x)), self.k)
-        return Latents.from_topk(values, indices, self.d_sae)
+        scaled = self.scaled(x)
+        pre_acts, indices = self.select(scaled, self.k)
+        latents = self.chosen(scaled, pre_acts, indices)
+        return Latents.from_topk(latents.values.view_as(indices), indices.long(), self.d_sae)
 
     def select(
         self, scaled: Float[Tensor, "n d_in"], k: int

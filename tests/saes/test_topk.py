@@ -240,3 +240,16 @@ def test_fold_keeps_the_normalised_loss(small, rows):
     before = sae.loss(x, TrainState())
     after = sae.fold().loss(x, TrainState())
     assert after.total.item() == pytest.approx(before.total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("selection", ["topk", "abstopk"])
+def test_what_is_used_has_the_gradient_of_the_dense_map(make, rows, selection):
+    sae = make("topk", D_IN, D_SAE, selection=selection, k=4).double()
+    x, weight = rows(20, D_IN).double().requires_grad_(), rows(20, D_IN, seed=9).double()
+    found, expected = ((y * weight).sum() for y in (sae(x).x_hat, sae.decode(sae.encode(x))))
+    inputs = [x, *sae.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
