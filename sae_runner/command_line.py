@@ -88,7 +88,8 @@ def check_words(words: Sequence[str]) -> None:
     """Refuse in one line what Hydra answers with a page or a traceback.
 
     Raises:
-        ConfigError: a flag that there is none of, or a group that is left without an option.
+        ConfigError: a flag that there is none of, a word that is no override, or a group that is
+            left without an option.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -103,6 +104,8 @@ def check_words(words: Sequence[str]) -> None:
     for word in known.overrides:
         if word.startswith("="):
             raise ConfigError(f"{word!r}: no key before the =")
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"{word!r}: expected key=value or group=option")
         if len(word) > LONGEST_WORD:
             raise ConfigError(f"{word[:40]!r}…: {len(word):,} characters are no override")
         group, _, value = word.lstrip("+").partition("=")

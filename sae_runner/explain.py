@@ -8,7 +8,7 @@ from sae_runner.composition import keys_of
 from sae_runner.config import options_of
 from sae_runner.errors import InputError, did_you_mean
 
-ALREADY_THERE = re.compile(r"An item is already at '(.+?)'")
+ALREADY_THERE = re.compile(r"An item is already at '(.+?)'|Multiple values for (\S+)\.")
 NOT_TAKEN = re.compile(r"Could not (?:override|delete) '([^'@]+?)'")
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.EIO,
                 errno.ENAMETOOLONG)  # fmt: skip
@@ -63,12 +63,13 @@ def explain_hydra(error: BaseException, command: str) -> str | None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = error.options or options_of(group)
-        return f"no option {option!r} in group {group!r}.{did_you_mean(option, options)}"
+        what = f"option {option!r} in group {group!r}" if group else f"config {option!r}"
+        return f"no {what}.{did_you_mean(option, options)}"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return explain_key(cause)
     if there := ALREADY_THERE.search(str(error)):
-        return f"no new key {there[1]!r}: there is one already; leave out the +"
+        return f"no new key {there[1] or there[2]!r}: there is one already; leave out the +"
     if other := NOT_TAKEN.search(str(error)):
         known = f" {command} takes {', '.join(keys_of(command))}." if command else ""
         return f"no key {other[1]!r} here.{known}"

@@ -155,6 +155,9 @@ BAD = {
     "group of another command": (["ls", "model=toy"], "no key 'model' here. ls takes outputs, runs."),
     "run that is not there": (["report", "nope"], "runs=nope: no run directory there."),
     "letters that no key has": (["train", "sae.ü=3"], "sae.ü=3: cannot be read; a value with special characters needs quotes"),
+    "word that is no override": (["train", "nothing"], "'nothing': expected key=value or group=option"),
+    "+ before a group that is there": (["train", "+experiment=toy_recovery"], "no new key 'experiment': there is one already"),
+    "unknown config": (["train", "--config-name", "trian"], "no config 'trian'. Did you mean 'train'?"),
     "open quote": (["train", "init_from='x"], "init_from='x: cannot be read"),
     "data of another alphabet": (
         ["train", "model=tiny_lm", "dataset=sst2", "dataset.path=./Bücher/x.tsv"], "dataset.path=./Bücher/x.tsv: "),
