@@ -14,6 +14,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -70,10 +71,13 @@ def compile_library(level: str, path: Path) -> None:
     if not command:
         raise OSError("no C++ compiler in PATH")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
+    own = f"{platform.node()}.{os.getpid()}.{threading.get_ident()}"
+    part = path.with_name(f"{path.name}.{own}")
     words = [*command, *FLAGS, *LEVELS[level], str(SOURCE), "-o", str(part)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=300, check=False
+        )
         if done.returncode != 0:
             lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
             reason = next((line for line in lines if "error" in line), lines[0])
@@ -109,7 +113,7 @@ def load_library() -> ctypes.CDLL | None:
     """The library for this processor, or None; why not is logged, once."""
     try:
         return load_level(supported_levels()[0])
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # Also no home, or a CXX without an end.
         reason = " ".join(str(error).split())
         logger.info("the native kernels are not used, PyTorch's operations are: %s", reason)
         return None
