@@ -28,23 +28,24 @@ def _least(BITS: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _kth_largest(keys, k, BITS: tl.constexpr):
-    """Bit by bit from the highest: the largest number that at least k keys reach."""
-    found = tl.sum((keys >= 0).to(tl.int32)) >= k
-    found = tl.where(found, 0, _least(BITS))
-    low: tl.constexpr = 16 if BITS == 16 else 31
-    for step in range(low):
-        higher = found + (1 << (low - 1 - step))
-        enough = tl.sum((keys >= higher).to(tl.int32)) >= k
-        found = tl.where(enough, higher, found)
-    return found
+def _kth_largest(keys, k, low):
+    """The largest number that at least k keys reach, as they do `low`; by bisection."""
+    high = tl.max(keys, 0)
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # Their mean, rounded up, never beyond 32 bits.
+        enough = tl.sum((keys >= middle).to(tl.int32)) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low
 
 
 @triton.jit
 @no_type_check
-def _largest(keys, k, BITS: tl.constexpr):
-    """Which k of fewer than 2^15 keys are the largest (of equals the first), and their ranks."""
-    least = _kth_largest(keys, k, BITS)
+def _largest(keys, k, least):
+    """Which k of fewer than 2^15 keys are the largest (of equals the first), and their ranks.
+
+    `least` is the k-th largest key.
+    """
     above = keys > least
     equal = keys == least
     # Two counts in one scan.
@@ -77,7 +78,9 @@ def topk(
         place = tile * GROUPS + group
         score = tl.load(scores + place, mask=place < S, other=float("nan")).to(tl.float32)
         best = tl.maximum(best, score)  # A NaN gives way to a number.
-    chosen, rank = _largest(tl.where(group < S, _key(best, BITS), _least(BITS)), k, BITS)
+    keys = tl.where(group < S, _key(best, BITS), _least(BITS))
+    least = _kth_largest(keys, k, tl.min(keys, 0))
+    chosen, rank = _largest(keys, k, least)
     tl.store(out + rank, group, mask=chosen)
     tl.debug_barrier()
 
@@ -86,7 +89,8 @@ def topk(
     place = (slot // SLOTS) * GROUPS + tl.load(out + member, mask=member < k, other=0)
     inside = (member < k) & (slot < SLOTS * TILES) & (place < S)
     score = tl.load(scores + place, mask=inside, other=0).to(tl.float32)
-    chosen, rank = _largest(tl.where(inside, _key(score, BITS), _least(BITS)), k, BITS)
+    keys = tl.where(inside, _key(score, BITS), _least(BITS))
+    chosen, rank = _largest(keys, k, _kth_largest(keys, k, least))  # As k maxima reach it.
     tl.debug_barrier()
     tl.store(out + rank, place, mask=chosen)
 
@@ -111,6 +115,13 @@ def rescore(
         mask = inside[:, None] & (column < D)[None, :]
         sums += tl.load(rows + column[None, :], mask=mask, other=0) * part[None, :]
     score = tl.sum(sums, 1) + bias
-    chosen, rank = _largest(tl.where(inside, _key(score, 32), _least(32)), k, 32)
+    key = tl.where(inside, _key(score, 32), _least(32))
+    if SLOTS <= 64:  # Each is compared with each.
+        other, earlier = key[None, :], slot[None, :] < slot[:, None]
+        before = (other > key[:, None]) | ((other == key[:, None]) & earlier)
+        rank = tl.sum(before.to(tl.int32), 1)
+        chosen = inside & (rank < k)
+    else:
+        chosen, rank = _largest(key, k, _kth_largest(key, k, tl.min(key, 0)))
     tl.store(values + row * k + rank, score, mask=chosen)
     tl.store(indices + row * k + rank, latent, mask=chosen)
