@@ -8,10 +8,14 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
-def _row_products(
-    x, W, indices, out, start, end, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
+def products(
+    x, W, offsets, indices, out, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Store <x, W_j> of the entries from `start` to `end`, with x one row."""
+    """A row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * D
+    start = tl.load(offsets + row).to(tl.int32)
+    end = tl.load(offsets + row + 1).to(tl.int32)
     for first in range(start, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         inside = entry < end
@@ -28,37 +32,6 @@ def _row_products(
 
 @triton.jit
 @no_type_check
-def _row_sum(
-    W, indices, values, start, end, column,
-    D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Σ values · W_j over the entries from `start` to `end`, in the columns given."""
-    sums = tl.zeros([ENTRIES, BLOCK], tl.float32)
-    for first in range(start, end, ENTRIES):
-        entry = first + tl.arange(0, ENTRIES)
-        inside = entry < end
-        latent = tl.load(indices + entry, mask=inside, other=0).to(tl.int64)
-        value = tl.load(values + entry, mask=inside, other=0)
-        mask = inside[:, None] & (column < D)[None, :]
-        part = tl.load(W + latent[:, None] * D + column[None, :], mask=mask, other=0)
-        sums += value[:, None] * part
-    return tl.sum(sums, 0)
-
-
-@triton.jit
-@no_type_check
-def products(
-    x, W, offsets, indices, out, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A row a program."""
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.load(offsets + row).to(tl.int32)
-    end = tl.load(offsets + row + 1).to(tl.int32)
-    _row_products(x + row * D, W, indices, out, start, end, D, ENTRIES, BLOCK)
-
-
-@triton.jit
-@no_type_check
 def decode(
     W, offsets, indices, values, out,
     D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,26 +41,57 @@ def decode(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(offsets + row).to(tl.int32)
     end = tl.load(offsets + row + 1).to(tl.int32)
-    total = _row_sum(W, indices, values, start, end, column, D, ENTRIES, BLOCK)
-    tl.store(out + row * D + column, total, mask=column < D)
+    sums = tl.zeros([ENTRIES, BLOCK], tl.float32)
+    for first in range(start, end, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        inside = entry < end
+        latent = tl.load(indices + entry, mask=inside, other=0).to(tl.int64)
+        value = tl.load(values + entry, mask=inside, other=0)
+        mask = inside[:, None] & (column < D)[None, :]
+        part = tl.load(W + latent[:, None] * D + column[None, :], mask=mask, other=0)
+        sums += value[:, None] * part
+    tl.store(out + row * D + column, tl.sum(sums, 0), mask=column < D)
 
 
 @triton.jit
 @no_type_check
 def reconstruct(
-    W, offsets, indices, values, wanted, residual, out,
+    W, offsets, indices, values, wanted, residual, parts, nnz,
     D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: the second reading of its rows of W finds them in a cache."""
+    """A block of columns of a row a program: what it adds to products is a row of `parts`.
+
+    Of the first ENTRIES rows of W it keeps its columns; those of others are read twice.
+    """
     row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    column = block * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(offsets + row).to(tl.int32)
     end = tl.load(offsets + row + 1).to(tl.int32)
-    wanted += row * D
-    residual += row * D
-    for begin in range(0, D, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        goal = tl.load(wanted + column, mask=column < D, other=0)
-        total = _row_sum(W, indices, values, start, end, column, D, ENTRIES, BLOCK)
-        tl.store(residual + column, goal - total, mask=column < D)
-    tl.debug_barrier()  # Other threads read what these wrote.
-    _row_products(residual, W, indices, out, start, end, D, ENTRIES, BLOCK)
+    place = row * D + column
+    parts += block.to(tl.int64) * nnz
+    goal = tl.load(wanted + place, mask=column < D, other=0)
+    entry = start + tl.arange(0, ENTRIES)
+    inside = entry < end
+    latent = tl.load(indices + entry, mask=inside, other=0).to(tl.int64)
+    value = tl.load(values + entry, mask=inside, other=0)
+    mask = inside[:, None] & (column < D)[None, :]
+    kept = tl.load(W + latent[:, None] * D + column[None, :], mask=mask, other=0)
+    left = goal - tl.sum(value[:, None] * kept, 0)
+    for first in range(start + ENTRIES, end, ENTRIES):
+        more = first + tl.arange(0, ENTRIES)
+        within = more < end
+        latent = tl.load(indices + more, mask=within, other=0).to(tl.int64)
+        value = tl.load(values + more, mask=within, other=0)
+        mask = within[:, None] & (column < D)[None, :]
+        part = tl.load(W + latent[:, None] * D + column[None, :], mask=mask, other=0)
+        left -= tl.sum(value[:, None] * part, 0)
+    tl.store(residual + place, left, mask=column < D)
+    tl.store(parts + entry, tl.sum(kept * left[None, :], 1), mask=inside)
+    for first in range(start + ENTRIES, end, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        inside = entry < end
+        latent = tl.load(indices + entry, mask=inside, other=0).to(tl.int64)
+        mask = inside[:, None] & (column < D)[None, :]
+        again = tl.load(W + latent[:, None] * D + column[None, :], mask=mask, other=0)
+        tl.store(parts + entry, tl.sum(again * left[None, :], 1), mask=inside)

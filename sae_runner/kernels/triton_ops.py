@@ -112,13 +112,16 @@ def reconstruct(
     wanted: Float32[Tensor, "n d"],
 ) -> tuple[Float32[Tensor, "n d"], Values]:
     """See `Ops.reconstruct`."""
-    d = W.shape[1]
-    residual, out = torch.empty_like(wanted), torch.empty_like(values)
+    (n, d), nnz = wanted.shape, len(values)
+    block = _block(d)
+    residual, parts = torch.empty_like(wanted), values.new_empty(-(-d // block), nnz)
+    entries = max(4, min(32, _power(-(-nnz // max(n, 1)))))  # As a row has, where all have as many.
     _launch(
-        _rows().reconstruct, (len(wanted),), W, offsets, indices, values, wanted, residual, out,
-        D=d, ENTRIES=8, BLOCK=_block(d), num_warps=4,
+        _rows().reconstruct, (n, len(parts)),
+        W, offsets, indices, values, wanted, residual, parts, nnz,
+        D=d, ENTRIES=entries, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return residual, out
+    return residual, parts.sum(0) if len(parts) > 1 else parts[0]
 
 
 def by_latent(offsets: Offsets, indices: Indices, d_sae: int) -> ByLatent:
