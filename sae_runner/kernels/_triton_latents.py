@@ -95,7 +95,10 @@ def _add_gradient(
         row = tl.load(rows + place, mask=inside, other=0).to(tl.int64)
         coef = tl.load(coefs + entry, mask=inside, other=0)
         mask = inside[:, None] & (column < D)[None, :]
-        part = tl.load(dense + row[:, None] * D + column[None, :], mask=mask, other=0)
+        part = tl.load(
+            dense + row[:, None] * D + column[None, :], mask=mask, other=0,
+            eviction_policy="evict_last",
+        )  # fmt: skip
         sums += coef[:, None] * part
     for begin in range(low // SEGMENT, high // SEGMENT, ENTRIES):
         segment = begin + lane
@@ -194,10 +197,10 @@ def adam(
     column = tl.arange(0, WIDTH)
     inside = column < D
     place = latent * D + column
-    # Asked for before the gradient, to arrive meanwhile.
-    weight = tl.load(W + place, mask=inside, other=0)
-    first = tl.load(exp_avg + place, mask=inside, other=0)
-    second = tl.load(exp_avg_sq + place, mask=inside, other=0)
+    # Asked for before the gradient, to arrive meanwhile; read once, so not to be kept in a cache.
+    weight = tl.load(W + place, mask=inside, other=0, eviction_policy="evict_first")
+    first = tl.load(exp_avg + place, mask=inside, other=0, eviction_policy="evict_first")
+    second = tl.load(exp_avg_sq + place, mask=inside, other=0, eviction_policy="evict_first")
     if POINTERS:
         step_size = tl.load(step_size)
         root_correction = tl.load(root_correction)
@@ -212,11 +215,12 @@ def adam(
         gradient = _orthogonal(gradient, weight)
     first += weight_1 * (gradient - first)
     second = beta2 * second + weight_2 * (gradient * gradient)
-    tl.store(exp_avg + place, first, mask=inside)
-    tl.store(exp_avg_sq + place, second, mask=inside)
+    tl.store(exp_avg + place, first, mask=inside, eviction_policy="evict_first")
+    tl.store(exp_avg_sq + place, second, mask=inside, eviction_policy="evict_first")
     weight -= step_size * (first / (tl.sqrt(second) / root_correction + eps))
     if UNIT:
         weight /= tl.maximum(tl.sqrt(tl.sum(weight * weight, 0)), 1e-12)
-    tl.store(W + place, weight, mask=inside)
+    tl.store(W + place, weight, mask=inside, eviction_policy="evict_first")
     if SHADOW:
-        tl.store(shadow + place, weight.to(tl.bfloat16), mask=inside)
+        half = weight.to(tl.bfloat16)
+        tl.store(shadow + place, half, mask=inside, eviction_policy="evict_first")
