@@ -286,6 +286,17 @@ def test_adam_of_odd_rows(ops):
     close(others.norm(dim=1), np.ones(39))
 
 
+def test_the_shadow_is_rounded_as_pytorch_does(ops):
+    """Ties go to even, and no NaN becomes a number."""
+    bits = [0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x7F7F_FFFF, 0x7FFF_FFFF, 0x7FC0_0001, 1]
+    W = torch.tensor(bits * 5, dtype=torch.int32).view(torch.float32).view(-1, 1)
+    W = torch.cat([W, -W], dim=1).T.contiguous()  # [2, 35]: registers and what is left over.
+    expected, shadow = W.bfloat16(), torch.zeros_like(W).bfloat16()
+    none = Case(3, 35, 2, 0).factor(ops)  # Nothing moves.
+    adam(ops, W, torch.zeros_like(W), torch.zeros_like(W), [none], shadow=shadow)
+    torch.testing.assert_close(shadow, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_moments_of_an_idle_latent_end_at_zero(ops):
     """Denormal numbers would make every later step many times slower."""
     case = Case(7, 16, 300, 0)
