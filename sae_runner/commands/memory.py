@@ -65,7 +65,6 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
     batch = options.micro_batch_size or options.batch_size
     row = 4 * sae.d_in
     ahead = min(store.prefetch + 2, options.n_steps)
-    mixed = min(n_rows, max(store.mix_rows, store.window_rows))
     sample = 3 * min(n_rows, N_SAMPLE) * row  # With the temporaries of a geometric median.
     by_rows = sae.sparse and options.n_parts == 1 and fused(ops_on(device))
     screened = sae.sparse and options.precision_on(device) != "fp32"
@@ -73,6 +72,12 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
     dense = batch * 4 * sae.d_sae
     averaged = size if options.ema is not None else 0
     stored = sae.d_in * DTYPES[store.dtype].itemsize + 24
+    # What a CPU keeps of a store on disk is memory-mapped still.
+    moved = device.type != "cpu" or store.kind == "stream"
+    kept = moved and n_rows * sae.d_in * DTYPES[store.dtype].itemsize <= store.keep_bytes
+    mixed = n_rows if kept else min(n_rows, max(store.mix_rows, store.window_rows))
+    where: Literal["host", "device"] = "device" if kept else "host"
+    key = "store.keep_gb" if kept else "store.mix_rows"
     latents = min(dense, CHUNK_BYTES.get(device.type, dense)) if sae.sparse else 3 * dense
     parts = [
         Part("parameters", size, "device", width, 1),
@@ -90,8 +95,8 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
             "trainer.micro_batch_size",
             1 / 6,
         ),
-        Part("rows mixed", mixed * stored, "host", "store.mix_rows", 1 / 2),
-        Part("batches read ahead", ahead * options.batch_size * row, "host", "store.prefetch"),
+        Part("rows mixed", mixed * stored, where, key, 1 / 2),
+        Part("batches read ahead", ahead * options.batch_size * row, "device", "store.prefetch"),
     ]
     if store.kind == "stream":
         parts += caching(pipeline, [pipeline.site], n_rows)

@@ -4,7 +4,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from sae_runner.config import Fraction, Name, NonNegative, Positive, PositiveFloat, convert
+from sae_runner.config import (
+    Fraction,
+    Name,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    convert,
+)
 from sae_runner.errors import ConfigError
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -61,6 +69,7 @@ class StoreOptions(NamedTuple):
     seed: int
     window_rows: int
     mix_rows: int
+    keep_gb: float
     max_norm_multiple: float | None
     prefetch: int
     verify: bool
@@ -77,17 +86,25 @@ class StoreOptions(NamedTuple):
         max_norm_multiple: PositiveFloat | None,
         prefetch: Positive,
         verify: bool,
+        keep_gb: NonNegativeFloat = 0.0,  # Runs of before it was there do not record it.
     ) -> "StoreOptions":
         """Typed and in range."""
         if max_norm_multiple is not None and type == "stream":
             raise ConfigError(
                 "store.max_norm_multiple: a stream has no median norm; use store=disk"
             )
-        return cls(type, dtype, seed, window_rows, mix_rows, max_norm_multiple, prefetch, verify)
+        return cls(
+            type, dtype, seed, window_rows, mix_rows, keep_gb, max_norm_multiple, prefetch, verify
+        )
+
+    @property
+    def keep_bytes(self) -> int:
+        """`keep_gb`, counted."""
+        return round(self.keep_gb * 1e9)
 
     def reading(self) -> dict[str, Any]:
         """How rows are read from disk: which, in which order, and whether they are checked."""
-        names = ("max_norm_multiple", "mix_rows", "verify")
+        names = ("max_norm_multiple", "mix_rows", "keep_bytes", "verify")
         return {name: getattr(self, name) for name in names}
 
 

@@ -150,7 +150,9 @@ def time_training(
         source=inputs,
     )  # fmt: skip
     trainer.initialise()
-    batches = trainer.source.shuffled(options.batch_size, copy.store_options.seed, start=Position())
+    batches = trainer.source.shuffled(
+        options.batch_size, copy.store_options.seed, start=Position(), device=device
+    )
     n, start = 0, time.perf_counter()
     for i, batch in enumerate(itertools.islice(batches, N_STEPS + 1)):
         taken, _, _ = trainer.take_step(batch.x.to(device))

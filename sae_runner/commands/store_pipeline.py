@@ -263,6 +263,7 @@ class StorePipeline:
 
         return StreamStore(
             lambda: self.model, self.dataset, info, self.selection, self.plan(info),
-            mix_rows=options.mix_rows, dtype=options.dtype, batch_size=self.loading.batch_size,
-            workers=self.loading.workers, max_bad=self.loading.max_bad,
+            mix_rows=options.mix_rows, keep_bytes=options.keep_bytes, dtype=options.dtype,
+            batch_size=self.loading.batch_size, workers=self.loading.workers,
+            max_bad=self.loading.max_bad,
         )  # fmt: skip

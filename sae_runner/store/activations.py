@@ -3,6 +3,9 @@
 Shuffling: an epoch visits the windows in a seeded order, `mix_windows` at a time; the rows of such
 a group come in one seeded permutation. A window's rows are permuted already, so rows of one example
 are no neighbours even when one window is all that fits. Batch t is a function of (seed, t) alone.
+
+Windows that fit in `keep_bytes` together are asked for once and then kept, on the device that
+computes: what is small is not fetched, computed or moved again every epoch.
 """
 
 import itertools
@@ -20,7 +23,10 @@ from sae_runner.data.base import Ids, Split
 from sae_runner.errors import DataError
 from sae_runner.models.base import SiteInfo
 from sae_runner.statistics import ActivationStats
+from sae_runner.store.delivery import Delivery
 
+SIDES = ("activations", "target")
+CPU = torch.device("cpu")
 _TAG = 0x6D6978  # "mix"
 
 
@@ -57,6 +63,8 @@ class Activations(ABC):
 
     site: SiteInfo
     mix_windows: int = 1
+    keep_bytes: int = 0
+    """Up to which size the windows of a split are kept once they were asked for."""
 
     @property
     def d_in(self) -> int:
@@ -80,6 +88,10 @@ class Activations(ABC):
     @abstractmethod
     def n_rows(self, split: Split) -> int:
         """How many rows a split has (a stream that cannot know says the most there can be)."""
+
+    def n_bytes(self, split: Split) -> int:
+        """The most that the rows of a split take in memory; 0 where it is not known."""
+        return 0
 
     @abstractmethod
     def window(self, split: Split, index: int) -> dict[str, Tensor]:
@@ -138,23 +150,26 @@ class Activations(ABC):
         rank: int = 0,
         world_size: int = 1,
         split: Split = "train",
+        device: torch.device = CPU,
     ) -> Iterator[Batch]:
-        """Batches without end; every row comes exactly once an epoch.
+        """Batches without end, on `device`; every row comes exactly once an epoch.
 
         `batch_size` counts rows over all ranks; this rank gets its equal share of each batch.
         """
-        cursor = _Cursor(self, seed, split, start)
+        delivery, size = Delivery(device), len(range(rank, batch_size, world_size))
+        cursor = _Cursor(self, seed, split, start, device)
         while True:
-            x = torch.empty(len(range(rank, batch_size, world_size)), self.width)
-            begun = taken = 0
-            while begun < batch_size:
-                piece = cursor.group.order[cursor.position.offset :][: batch_size - begun]
-                # A rank's share is a stride of the batch, so that all ranks see all windows.
-                share = piece[(rank - begun) % world_size :: world_size]
-                cursor.group.gather(share, x[taken : taken + len(share)])
-                begun, taken = begun + len(piece), taken + len(share)
-                cursor.advance(len(piece))
-            yield Batch(x, cursor.position)
+            with delivery.under_way():
+                x = delivery.room(size, self.width, cursor.home)
+                begun = taken = 0
+                while begun < batch_size:
+                    piece = cursor.group.order[cursor.position.offset :][: batch_size - begun]
+                    # A rank's share is a stride of the batch, so that all ranks see all windows.
+                    share = piece[(rank - begun) % world_size :: world_size]
+                    cursor.group.gather(share, x[taken : taken + len(share)])
+                    begun, taken = begun + len(piece), taken + len(share)
+                    cursor.advance(len(piece))
+            yield Batch(delivery.delivered(x), cursor.position)
 
 
 def _whole_examples(
@@ -171,7 +186,7 @@ def _whole_examples(
 
 def _sides(window: dict[str, Tensor]) -> list[Tensor]:
     """What makes up a row: activations, and those of a target site where there is one."""
-    return [window[name] for name in ("activations", "target") if name in window]
+    return [window[name] for name in SIDES if name in window]
 
 
 class _Group:
@@ -201,6 +216,7 @@ class _Group:
         begin = 0
         for source in self.sides[i]:
             part = out[:, begin : begin + source.shape[1]]
+            index = index.to(source.device)
             if source.dtype == out.dtype and part.is_contiguous():
                 torch.index_select(source, 0, index, out=part)
             else:
@@ -211,9 +227,14 @@ class _Group:
 class _Cursor:
     """Walks groups and epochs; the group at hand is loaded once, and only when it is needed."""
 
-    def __init__(self, source: Activations, seed: int, split: Split, start: Position) -> None:
+    def __init__(
+        self, source: Activations, seed: int, split: Split, start: Position, device: torch.device
+    ) -> None:
         self.source, self.seed, self.split = source, seed, split
         self.position = start
+        keeps = 0 < source.n_bytes(split) <= source.keep_bytes
+        self._kept: dict[int, dict[str, Tensor]] | None = {} if keeps else None
+        self.home = device if keeps else CPU  # Where windows are.
         self._group: _Group | None = None
         self._n_empty = 0
         """Groups without a row, one after another."""
@@ -257,8 +278,17 @@ class _Cursor:
         if not self.source.in_order:
             order = torch.randperm(n, generator=self._generator(self.position.epoch))
         chosen = order[self.position.group * size : (self.position.group + 1) * size].tolist()
-        windows = [self.source.window(self.split, i) for i in chosen]
+        windows = [self._window(i) for i in chosen]
         return _Group(windows, self._generator(self.position.epoch, self.position.group + 1))
+
+    def _window(self, index: int) -> dict[str, Tensor]:
+        if self._kept is None:
+            return self.source.window(self.split, index)
+        if index not in self._kept:
+            window = self.source.window(self.split, index)
+            moved = {name: window[name].to(self.home) for name in SIDES if name in window}
+            self._kept[index] = moved | ({"keep": window["keep"]} if "keep" in window else {})
+        return self._kept[index]
 
     def _generator(self, *key: int) -> torch.Generator:
         # The tag keeps these apart from the seeds of the windows' own permutations.

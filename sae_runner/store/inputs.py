@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from sae_runner.data.base import Dataset, Ids
 from sae_runner.errors import ConfigError
 from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.site import TokenSelection
-from sae_runner.store.activations import Position
+from sae_runner.store.activations import CPU, Position
 from sae_runner.store.loading import load_chunks
 
 _TAG = 0x657832  # "ex2"
@@ -23,7 +24,6 @@ class InputBatch(NamedTuple):
     """One training batch of examples."""
 
     x: Inputs
-    """On the CPU."""
     position: Position
     """Where the stream stands after this batch: its `offset` counts examples of the epoch."""
 
@@ -76,8 +76,10 @@ class ShuffledInputs:
         """How many examples give `batch_size` rows on average; at least one."""
         return max(1, round(batch_size / self.rows_per_example))
 
-    def shuffled(self, batch_size: int, seed: int, *, start: Position) -> Iterator[InputBatch]:
-        """Batches of so many examples as `n_examples` says.
+    def shuffled(
+        self, batch_size: int, seed: int, *, start: Position, device: torch.device = CPU
+    ) -> Iterator[InputBatch]:
+        """Batches of so many examples as `n_examples` says, on `device`.
 
         Examples that cannot be read are left out (the store has named them), and so are those
         without any row.
@@ -90,7 +92,7 @@ class ShuffledInputs:
             position = Position(position.epoch + out // size, 0, out % size)
             inputs = None if loaded.inputs is None else self._with_rows(loaded.inputs)
             if inputs is not None:
-                yield InputBatch(inputs, position)
+                yield InputBatch(inputs.to(device), position)
 
     def _chunks(self, n: int, seed: int, start: Position) -> Iterator[Ids]:
         """Ids of n examples at a time; in a chunk ascending: neighbours are read together."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_runner import files
 from sae_runner.data.base import SPLITS, Split
 from sae_runner.errors import StoreError
+from sae_runner.models._precision import DTYPES
 from sae_runner.statistics import ActivationStats
 from sae_runner.store.activations import Activations as Activations
 from sae_runner.store.activations import mixed
@@ -37,12 +38,13 @@ class ActivationStore(Activations):
         *,
         max_norm_multiple: float | None = None,
         mix_rows: int = 2**20,
+        keep_bytes: int = 0,
         verify: bool = True,
     ) -> None:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         self.manifest = read_json(path, SELECTION_SCHEMA, "finished store")
-        self.max_norm_multiple = max_norm_multiple
+        self.max_norm_multiple, self.keep_bytes = max_norm_multiple, keep_bytes
         self._verify_reads, self._verified = verify, set[str]()
         try:
             self.site = site_from_json(self.manifest["site"])
@@ -79,6 +81,11 @@ class ActivationStore(Activations):
     def n_rows(self, split: Split) -> int:
         """Rows of a split, norm outliers left out."""
         return int(self.manifest["splits"][split]["n_rows"]) - self.n_dropped(split)
+
+    def n_bytes(self, split: Split) -> int:
+        """See `Activations`; those of outliers are among them."""
+        itemsize = DTYPES[self.manifest["dtype"]].itemsize
+        return int(self.manifest["splits"][split]["n_rows"]) * self.width * itemsize
 
     def window(self, split: Split, index: int) -> dict[str, Tensor]:
         """A shard, memory-mapped: nothing is read before it is used."""

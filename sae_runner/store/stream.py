@@ -2,7 +2,8 @@
 
 Windows are computed when they are asked for, by the function that writes them to disk elsewhere, so
 a stream and a disk store of equal options give the same batches. An epoch costs one pass of the
-model, and going on after an interruption computes the windows at hand again.
+model (only the first does, where `keep_bytes` are enough), and going on after an interruption
+computes the windows at hand again.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_runner.data.base import Dataset, Ids, Split, check_bad
+from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import Model, SiteInfo
 from sae_runner.site import TokenSelection
 from sae_runner.statistics import ActivationStats
@@ -32,6 +34,7 @@ class StreamStore(Activations):
         plan: WindowPlan,
         *,
         mix_rows: int,
+        keep_bytes: int = 0,
         dtype: str,
         batch_size: int,
         workers: int,
@@ -41,6 +44,7 @@ class StreamStore(Activations):
         self.selection, self.plan, self.dtype = selection, plan, dtype
         self.batch_size, self.workers, self.max_bad = batch_size, workers, max_bad
         self.mix_windows = mixed(mix_rows, plan.window_rows, self.n_windows("train"))
+        self.keep_bytes = keep_bytes
         self.bad: dict[int, str] = {}
         self.in_order = not dataset.random_access
 
@@ -51,6 +55,10 @@ class StreamStore(Activations):
     def n_rows(self, split: Split) -> int:
         """The most rows there can be: how many tokens a text has is known once it is read."""
         return len(self.plan.ids[split]) * self.plan.rows_per_example
+
+    def n_bytes(self, split: Split) -> int:
+        """See `Activations`."""
+        return self.n_rows(split) * self.width * DTYPES[self.dtype].itemsize
 
     def window(self, split: Split, index: int) -> dict[str, Tensor]:
         """Compute one window.

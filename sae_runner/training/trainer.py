@@ -168,7 +168,9 @@ class Trainer:
         """The batches that are still to come, after `begin`."""
         self.begin()
         size = self.options.batch_size
-        shuffled = self.source.shuffled(size, self.data_seed, start=self.position)
+        shuffled = self.source.shuffled(
+            size, self.data_seed, start=self.position, device=self.device
+        )
         # No more than will be used: a stream must not keep the model busy once training is over.
         return itertools.islice(shuffled, self.options.n_steps - self.step)
 

@@ -92,6 +92,10 @@ def test_options_that_are_there_to_save_memory_do(parts):
         parts("store.mix_rows=1024")["rows mixed"].n_bytes
         == parts(n_rows=1024)["rows mixed"].n_bytes
     )
+    stream = ("store=stream", "store.mix_rows=100", "store.window_rows=100")
+    mixed = parts(*stream, n_rows=1000)["rows mixed"]
+    kept = parts(*stream, "store.keep_gb=1", n_rows=1000)["rows mixed"]
+    assert kept.n_bytes == 10 * mixed.n_bytes and (mixed.where, kept.where) == ("host", "device")
     half = parts("store.dtype=fp16")["rows mixed"].n_bytes
     assert parts()["rows mixed"].n_bytes - half == 2**20 * 16 * 2
     assert "windows" in parts("store=stream", "store.window_rows=1000")

@@ -32,6 +32,52 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     )
 
 
+# -- Kept and delivered ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multiple", [None, 1.2])
+def test_what_is_kept_is_asked_for_once_and_gives_the_same_batches(world, monkeypatch, multiple):
+    options = {"mix_rows": 100, "max_norm_multiple": multiple}
+    fetched = world.store(**options)
+    kept = ActivationStore(fetched.folder, keep_bytes=fetched.n_bytes("train"), **options)
+    short = ActivationStore(fetched.folder, keep_bytes=fetched.n_bytes("train") - 1, **options)
+    asked = Counter()
+    window = ActivationStore.window
+
+    def counted(store, split, index):
+        asked[id(store), split, index] += 1
+        return window(store, split, index)
+
+    monkeypatch.setattr(ActivationStore, "window", counted)
+    n = 3 * fetched.n_rows("train") // 16 + 1
+    batches = take(fetched, n)
+    assert same(batches, take(kept, n)) and same(batches, take(short, n))
+    times = {store: {asked[id(store), "train", i] for i in range(fetched.n_windows("train"))}
+             for store in (fetched, kept, short)}  # fmt: skip
+    assert times[kept] == {1} and times[fetched] == times[short] and min(times[short]) >= 3
+
+
+def test_the_size_of_a_split_is_that_of_its_rows(world):
+    store = world.store()
+    rows = store.window("train", 0)["activations"]
+    assert store.n_bytes("train") == store.n_rows("train") * rows[0].nbytes
+
+
+def test_rows_are_delivered_to_the_device(world):
+    # A device that computes nothing is as good as any to see where rows go.
+    batch = next(world.store().shuffled(16, 0, device=torch.device("meta")))
+    assert batch.x.device.type == "meta" and batch.x.shape == (16, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep_bytes", [0, 2**20])
+def test_batches_on_cuda_are_those_of_a_cpu(world, keep_bytes):
+    store = world.store(mix_rows=100, keep_bytes=keep_bytes)
+    there = take(store, 40, device=torch.device("cuda"))
+    assert all(batch.x.is_cuda for batch in there)
+    assert same(take(store, 40), [batch._replace(x=batch.x.cpu()) for batch in there])
+
+
 # -- In order ------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from sae_runner.models.base import Inputs
@@ -17,9 +18,9 @@ class Source(Protocol):
     """Where batches come from: a store of rows, or the inputs themselves."""
 
     def shuffled(
-        self, batch_size: int, seed: int, *, start: Position
+        self, batch_size: int, seed: int, *, start: Position, device: torch.device
     ) -> Iterator[Batch | InputBatch]:
-        """Batches of about `batch_size` rows, without end; batch t follows from (seed, t)."""
+        """Batches of about `batch_size` rows, without end, on `device`; (seed, t) makes batch t."""
         ...
 
 
