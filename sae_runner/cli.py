@@ -81,6 +81,7 @@ def dispatch() -> None:
     command_line.add_sweep_folder(command)
     command_line.put_flags_first()
     command_line.quote_values()
+    command_line.leave_to_jobs()
     try:
         command_line.check_words(sys.argv[1:])
         if {"-h", "--help"} & set(sys.argv):

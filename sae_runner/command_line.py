@@ -64,6 +64,33 @@ def quote_values() -> None:
     ]
 
 
+def leave_to_jobs() -> None:
+    """In a sweep over a group, give what is set below that group to the jobs alone.
+
+    Hydra also composes a config for the sweep as a whole, with the group's default option, which
+    need not have the keys: `-m sae=jump_relu,gated` is of jobs, and `sae.bandwidth=1` of them too.
+    """
+    if not {"-m", "--multirun"} & set(sys.argv):
+        return
+    swept = [word.partition("=") for word in sys.argv if re.match(r"[\w/]+=[^=]*,", word)]
+    groups = tuple(f"{key.replace('/', '.')}." for key, _, _ in swept if options_of(key))
+    for place, word in enumerate(sys.argv):
+        key, equals, value = word.partition("=")
+        if groups and equals and key.lstrip("+").startswith(groups) and is_one(value):
+            sys.argv[place] = f"{key}=choice({value})"
+
+
+def is_one(value: str) -> bool:
+    """Whether a value is no sweep."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return not OverridesParser.create().parse_override(f"key={value}").is_sweep_override()
+    except HydraException:  # Which is said when it is taken.
+        return False
+
+
 def quoted(word: str) -> str:
     """An override whose value, or the items of whose value, are in quotes where they need them."""
     key, equals, value = word.partition("=")

@@ -1,9 +1,12 @@
 """What was typed, before Hydra reads it."""
 
+import sys
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sae_runner.command_line import quoted
+from sae_runner.command_line import leave_to_jobs, quoted
+from sae_runner.composition import composed_jobs
 
 
 def read(word):
@@ -42,3 +45,27 @@ def test_a_value_may_have_any_character(word, value):
 )  # fmt: skip
 def test_what_hydra_reads_is_left_as_it_is(word):
     assert quoted(word) == word
+
+
+def test_keys_that_only_the_options_of_a_sweep_have_are_the_jobs(monkeypatch):
+    words = ["-m", "model=toy", "sae=jump_relu,gated", "sae/dead_latents=none,resample",
+             "+sae.dead_latents.n_rows=64", "sae.target_l0=4", "+sae.bandwidth='0.5'", "seed=1,2",
+             "trainer.lr=0.1", "sae.expansion=2,4", "site.name=[a,b]"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["sae-run", *words])
+    leave_to_jobs()
+    assert sys.argv[1:] == [
+        *words[:4], "+sae.dead_latents.n_rows=choice(64)", "sae.target_l0=choice(4)",
+        "+sae.bandwidth=choice('0.5')", *words[7:],
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["sae-run", *words[1:]])
+    leave_to_jobs()
+    assert sys.argv[1:] == words[1:]
+
+
+def test_a_sweep_over_kinds_sets_what_the_default_kind_lacks(monkeypatch):
+    words = ["-m", "model=toy", "sae=jump_relu,jump_relu_quadratic", "sae.bandwidth=0.5"]
+    monkeypatch.setattr(sys, "argv", ["sae-run", *words])
+    leave_to_jobs()
+    jobs = composed_jobs("train", sys.argv[1:])
+    assert [job.cfg["sae"]["bandwidth"] for job in jobs] == [0.5, 0.5]
+    assert jobs[0].overrides == ["model=toy", "sae=jump_relu", "sae.bandwidth=0.5"]
