@@ -160,6 +160,10 @@ class Selector:
         """The shadow is W as it is now."""
         self._version = W._version
 
+    def forget_shadow(self) -> None:
+        """W is about to change in a way that its version does not show."""
+        self._version = -1
+
     def _buffer(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:

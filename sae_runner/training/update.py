@@ -66,6 +66,7 @@ class Update:
             for parameter in self.sae.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(clip)
+        self.sae.selector.forget_shadow()  # PyTorch's fused Adam counts no version.
         self.optimizer.step()
         self._steps = {W: self._step_rows(W, parts, lr, clip) for W, parts in factors.items()}
         self.sae.after_step(normalised=any(self._is_unit(W) for W in factors))

@@ -7,6 +7,8 @@ import torch
 
 from sae_runner.kernels import native_ops
 from sae_runner.kernels.choice import using
+from sae_runner.kernels.selection import Selector
+from sae_runner.saes import base
 from sae_runner.saes.base import TrainState
 from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.update import Update
@@ -70,6 +72,22 @@ def test_steps_are_those_of_torch(make, rows, options, kind, changes, clip, prec
             torch.testing.assert_close(of_b, of_a, rtol=2e-3, atol=2e-3 * float(of_a.abs().max()))
         assert plain.optimizer.state[p]["step"] == by_rows.optimizer.state[q]["step"] == 6
     assert b.W_enc_rows.grad is None or kind == "jump_relu"
+
+
+@native
+def test_no_screen_is_of_weights_as_they_were(make, rows, options, monkeypatch):
+    """A step by rows, then a dense one: PyTorch's Adam changes weights without a trace."""
+    sae, x = make("relu", D_IN, D_SAE), rows(64, D_IN)
+    sae.selector.precision = "screened"
+    update = Update(sae, options(clip_grad_norm=None, micro_batch_size=None), 1e-2)
+    for few in (2.0, -1.0, -1.0):
+        monkeypatch.setattr(base, "FEW", few)
+        with update.gradients():
+            sae.loss(x, TrainState()).total.backward()
+            update.step(0.1, measured=False)
+        found = sae.selector.above(x, sae.W_enc_rows, sae.b_enc, torch.zeros(D_SAE))
+        expected = Selector().above(x, sae.W_enc_rows, sae.b_enc, torch.zeros(D_SAE))
+        assert found.indices.equal(expected.indices)
 
 
 @native
