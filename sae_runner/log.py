@@ -1,7 +1,9 @@
 """Console, file and progress output of one command: rich on a terminal, plain lines in a pipe."""
 
 import contextlib
+import contextvars
 import logging
+import math
 import os
 import shutil
 import sys
@@ -93,8 +95,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """What goes on, its rate and time left: a moving line on a terminal, plain lines in a pipe.
 
-    On a terminal it is painted again and again, whether or not anything advances; in a pipe a line
-    comes every ten seconds. Nothing is shown at first, so that short steps stay silent.
+    On a terminal it is painted again and again, in a pipe a line comes every ten seconds, whether
+    or not anything advances. Nothing is shown for two seconds, so that short steps stay silent.
     Of several at once the one begun last is shown.
     """
 
@@ -104,10 +106,10 @@ class Progress:
         self.done = self.first = done
         self.note = ""
         self.start = self.resumed = time.perf_counter()
-        self.spoke = self.start - EVERY_S + 2 * QUIET_S
+        self.spoke = -math.inf
+        self.context = contextvars.copy_context()  # Who is speaking, for the thread that speaks.
         self.terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        if self.terminal:
-            foot.add(self)
+        foot.add(self)
 
     def __enter__(self) -> "Progress":
         return self
@@ -119,10 +121,13 @@ class Progress:
         """Count `n` more units; the last `note` is shown after the rate."""
         self.done += n
         self.note = note or self.note
+
+    def say(self) -> None:
+        """Log a line, if the time for one has come."""
         now = time.perf_counter()
-        if not self.terminal and now - self.spoke >= EVERY_S:
+        if now - self.resumed >= QUIET_S and now - self.spoke >= EVERY_S:
             self.spoke = now
-            logging.getLogger("sae_runner").info(self.line(now))
+            self.context.run(logging.getLogger("sae_runner").info, self.line(now))
 
     def line(self, now: float) -> str:
         """`train 1,024/4,096 rows, 25%, 512/s, 6.0s left, …`."""
@@ -139,13 +144,12 @@ class Progress:
 
     def close(self) -> None:
         """End, and leave no trace on a terminal; more than once is fine."""
-        if self.terminal:
-            foot.drop(self)
+        foot.drop(self)
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Say on a terminal what takes so long, and how long by now, while the block runs.
+    """Say what takes so long, and how long by now, while the block runs.
 
     Steps inside it that have a progress of their own are shown instead while they last.
     """
@@ -156,7 +160,7 @@ def working(what: str) -> Iterator[None]:
 class Foot:
     """The line below everything that was said on a terminal: the progress begun last, painted.
 
-    A thread paints it, so that it moves while a step stands in one long call.
+    A thread paints it, so that it moves while a step stands in one long call; in a pipe it speaks.
     """
 
     def __init__(self) -> None:
@@ -196,8 +200,13 @@ class Foot:
     def _keep_painting(self, ended: threading.Event) -> None:
         while not ended.wait(0.2):
             with self.lock:
-                if not ended.is_set():
+                if ended.is_set():
+                    return
+                progress = self.open[-1]
+                if progress.terminal:
                     self.paint()
+            if not progress.terminal:  # Not under the lock: a handler has one of its own.
+                progress.say()
 
     def paint(self) -> None:
         """Write the line anew, cut to the width of the terminal."""

@@ -11,7 +11,7 @@ import pytest
 
 from sae_runner import log as module
 from sae_runner.errors import Interrupted
-from sae_runner.log import ERASE, Progress, foot, setup_logging, working
+from sae_runner.log import ERASE, Progress, foot, log_to, setup_logging, speaking, working
 
 
 class Terminal(io.StringIO):
@@ -141,17 +141,45 @@ def test_a_terminal_that_was_closed_ends_nothing(monkeypatch):
         monkeypatch.setattr(terminal, "write", gone)
 
 
-def test_in_a_pipe_a_line_comes_every_ten_seconds(monkeypatch, caplog):
+def heard_within(caplog, text, seconds=5.0):
+    end = time.monotonic() + seconds
+    while text not in caplog.text:
+        assert time.monotonic() < end, f"no {text!r} in {caplog.text!r}"
+        time.sleep(0.02)
+
+
+def test_in_a_pipe_a_line_comes_after_two_seconds_and_then_every_ten(monkeypatch, caplog):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module, "foot", module.Foot())
+    monkeypatch.setattr(module.Foot, "_keep_painting", lambda *_: None)
     caplog.set_level(logging.INFO, "sae_runner")
     with Progress("count", 40, "sheep") as progress:
         for second in range(1, 31):
             now[0] = float(second)
             progress.advance(1, "asleep" if second > 20 else "")
+            progress.say()
     assert [record.message for record in caplog.records] == [
-        "count 4/40 sheep, 10%, 1/s, 36.0s left",
-        "count 14/40 sheep, 35%, 1/s, 26.0s left",
-        "count 24/40 sheep, 60%, 1/s, 16.0s left, asleep",
+        "count 2/40 sheep, 5%, 1/s, 38.0s left",
+        "count 12/40 sheep, 30%, 1/s, 28.0s left",
+        "count 22/40 sheep, 55%, 1/s, 18.0s left, asleep",
     ]
+
+
+def test_in_a_pipe_a_step_that_stands_in_one_call_is_spoken_of(monkeypatch, caplog):
+    monkeypatch.setattr(module, "QUIET_S", 0.1)
+    caplog.set_level(logging.INFO, "sae_runner")
+    with working("thinking"):
+        heard_within(caplog, "thinking, 0.")
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
+
+
+def test_in_a_pipe_what_is_spoken_of_goes_into_the_file_of_who_speaks(
+    monkeypatch, caplog, tmp_path
+):
+    monkeypatch.setattr(module, "QUIET_S", 0.1)
+    caplog.set_level(logging.INFO, "sae_runner")
+    mine, other = tmp_path / "mine.log", tmp_path / "other.log"
+    with log_to(mine), log_to(other), speaking(mine), working("thinking"):
+        heard_within(caplog, "thinking, 0.")
+    assert "thinking" in mine.read_text() and other.read_text() == ""
