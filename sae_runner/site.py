@@ -113,6 +113,11 @@ class TokenSelection:
         if info.n_tokens and self.tokens == "random_k" and self.k > info.n_tokens:
             raise ConfigError(f"site.k={self.k}: {info.name} has {info.n_tokens} tokens")
 
+    @property
+    def rows_asked(self) -> int:
+        """How many rows each example is asked for by number; 0 where its length decides."""
+        return {"positions": len(set(self.positions)), "random_k": self.k}.get(self.tokens, 0)
+
     def rows_per_example(self, info: SiteInfo, context: int | None) -> int:
         """The most rows that one example can give."""
         n = info.n_tokens or context or 1

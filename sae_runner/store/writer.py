@@ -227,3 +227,18 @@ def _finish(
         },
     )
     files.remove(records_dir(folder))
+    _say_missing(info, selection, splits, len(bad))
+
+
+def _say_missing(
+    info: SiteInfo, selection: TokenSelection, splits: dict[str, Any], n_bad: int
+) -> None:
+    """Count the rows that shorter examples did not give, where each was asked for so many."""
+    asked = selection.rows_asked
+    n_examples = sum(split["n_examples"] for split in splits.values()) - n_bad
+    n_missing = n_examples * asked - sum(split["n_rows"] for split in splits.values())
+    if asked and n_missing > 0:
+        log.warning(
+            "site.tokens=%s: %s of %s rows of %s are not there, where an example has fewer tokens",
+            selection.tokens, f"{n_missing:,}", f"{n_examples * asked:,}", info.name,
+        )  # fmt: skip

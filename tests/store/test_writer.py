@@ -184,6 +184,30 @@ def test_a_selection_that_keeps_no_token_is_refused(world):
         world.write()
 
 
+@pytest.mark.parametrize(
+    ("selection", "asked", "least"),
+    [
+        (TokenSelection("positions", positions=(0, 4, 4)), 2, 5),
+        (TokenSelection("random_k", k=3), 3, 3),
+    ],
+)
+def test_rows_that_shorter_examples_did_not_give_are_counted(
+    world, caplog, selection, asked, least
+):
+    world.selection = selection
+    store = ActivationStore(world.write()[0])
+    n_found = store.n_rows("train") + store.n_rows("heldout")
+    lengths = [world.dataset.length(i) for i in range(60)]
+    given = {5: lambda n: 1 + (n >= 5), 3: lambda n: min(n, 3)}[least]
+    assert n_found == sum(map(given, lengths))
+    said = f"{60 * asked - n_found} of {60 * asked} rows of embed are not there"
+    assert said in caplog.text
+    caplog.clear()
+    world.selection = TokenSelection("positions", positions=(0,))
+    world.write(folder="first")
+    assert "not there" not in caplog.text
+
+
 @pytest.mark.parametrize("tokens", ["all", "last", "mean", "positions", "random_k"])
 def test_batch_size_and_workers_change_no_byte(world, files_in, tokens):
     world.selection = TokenSelection(tokens, k=2, positions=(-1, 1))
