@@ -50,9 +50,14 @@ def add_sweep_folder(command: str) -> None:
 
 
 def put_flags_first() -> None:
-    """Let `-m` stand anywhere: Hydra's parser takes overrides in one piece only."""
-    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
-    sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
+    """Let `-m` and `--cfg job` stand anywhere: Hydra's parser takes overrides in one piece only."""
+    words = sys.argv[1:]
+    first, rest = list[str](), list[str]()
+    for before, word in zip(["", *words], words, strict=False):
+        (first if word.startswith("-") or before in VALUED else rest).append(word)
+    if words and words[-1] in VALUED:  # Its value is missing: no override is to be taken for one.
+        rest.append(first.pop())
+    sys.argv[1:] = first + rest
 
 
 def quote_values() -> None:

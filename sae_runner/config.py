@@ -258,6 +258,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return [convert(item, arguments[0], key) for item in value]
     if value is None and hint not in (Any, types.NoneType):
         raise ConfigError(f"{key}=null: needs a value")
+    if origin is list:
+        raise ConfigError(f"{key}={value}: needs a list, as in {key}=[{value}]")
     if origin is typing.Literal:
         if value not in arguments:
             raise ConfigError(

@@ -80,6 +80,8 @@ BAD = {
     "no option in a sweep": (["train", "-m", "trainer=default,null"], "trainer=null: needs one of default, "),
     "number for published numbers": (
         ["train", "experiment=toy_recovery", "expected=5"], "expected=5: "),
+    "word for a list": (["ls", "runs=x"], "runs=x: needs a list, as in runs=[x]"),
+    "number for a list": (["train", "site.positions=3"], "site.positions=3: needs a list, as in site.positions=[3]"),
     "unknown flag": (["train", "--multi-run"], "no flag '--multi-run'. Did you mean '--multirun'?"),
     "flag without its value": (["train", "--cfg"], "argument --cfg/-c: expected one argument"),
     "+ before a key that is there": (["train", "+sae.k=8"], "no new key 'sae.k': there is one already"),
@@ -277,7 +279,7 @@ def test_damaged_store_is_not_called_complete(
         capfd.readouterr()
         assert in_process(*words) == 2
         line = one_line(capfd.readouterr().err)
-        assert path.name in line and "`sae-run cache` with the same words and force=true" in line
+        assert path.name in line and "`sae-run cache` with the same words for model, " in line
     assert in_process("cache", *model, "force=true") == 0
     assert in_process("train", *QUICK) == 0
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sae_runner.command_line import leave_to_jobs, quoted
+from sae_runner.command_line import leave_to_jobs, put_flags_first, quoted
 from sae_runner.composition import composed_jobs
 
 
@@ -69,3 +69,16 @@ def test_a_sweep_over_kinds_sets_what_the_default_kind_lacks(monkeypatch):
     jobs = composed_jobs("train", sys.argv[1:])
     assert [job.cfg["sae"]["bandwidth"] for job in jobs] == [0.5, 0.5]
     assert jobs[0].overrides == ["model=toy", "sae=jump_relu", "sae.bandwidth=0.5"]
+
+
+def test_flags_and_their_values_may_stand_between_overrides(monkeypatch):
+    typed = ["sae-run", "sae.k=8", "--cfg", "job", "seed=1,2", "-m", "outputs=x"]
+    monkeypatch.setattr(sys, "argv", typed)
+    put_flags_first()
+    assert sys.argv == ["sae-run", "--cfg", "job", "-m", "sae.k=8", "seed=1,2", "outputs=x"]
+
+
+def test_a_flag_without_its_value_stays_last(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sae-run", "sae.k=8", "-m", "--cfg"])
+    put_flags_first()
+    assert sys.argv == ["sae-run", "-m", "sae.k=8", "--cfg"]

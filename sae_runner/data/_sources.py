@@ -156,6 +156,8 @@ def _pick(table: Any, split: str | None, where: str) -> Any:
 
 def _refuse_absent(path: str, where: str) -> None:
     """Say at once that a path is absent, where it cannot be the name of a hub dataset."""
+    if Path(path).expanduser().exists():
+        raise DataError(f"{where}: there is no file in it")
     is_path = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if not is_path and Path(path).suffix.lower() not in _BUILDERS and not glob.has_magic(path):
         return
@@ -164,7 +166,7 @@ def _refuse_absent(path: str, where: str) -> None:
     beside = [name for name in beside if name != wanted.name]
     close = nearest(wanted.name, beside)
     hint = f" Did you mean {wanted.parent / close[0]}?" if close else ""
-    raise DataError(f"{where}: no such file or folder, or it is empty.{hint}")
+    raise DataError(f"{where}: no such file or folder.{hint}")
 
 
 def _explained(error: Exception, where: str, split: str | None, is_local: bool) -> DataError:

@@ -23,7 +23,10 @@ from sae_runner.site import TokenSelection
 
 STORE_SCHEMA = "sae-run.store/1"
 SELECTION_SCHEMA = "sae-run.selection/1"
-REMEDY = "`sae-run cache` with the same words and force=true writes it again"
+REMEDY = (
+    "`sae-run cache` with the same words for model, dataset, site and store, and force=true, "
+    "writes it again"
+)
 
 
 def selection_dir(store_dir: Path, site: str, selection: TokenSelection) -> Path:

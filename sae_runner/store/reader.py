@@ -17,6 +17,7 @@ from sae_runner.statistics import ActivationStats
 from sae_runner.store.activations import Activations as Activations
 from sae_runner.store.activations import mixed
 from sae_runner.store.manifest import (
+    REMEDY,
     SELECTION_SCHEMA,
     STORE_SCHEMA,
     is_complete,
@@ -64,10 +65,7 @@ class ActivationStore(Activations):
 
     def _check_size(self, path: Path, n_bytes: int) -> None:
         if not path.is_file() or path.stat().st_size != n_bytes:
-            raise StoreError(
-                f"{path} is absent or cut short: `sae-run cache` with the same words and "
-                "force=true writes it again"
-            )
+            raise StoreError(f"{path} is absent or cut short: {REMEDY}")
 
     @property
     def source(self) -> dict[str, Any]:
@@ -179,10 +177,7 @@ class ActivationStore(Activations):
         path = self.folder / file["file"]
         self._check_size(path, file["bytes"])
         if files.sha256(path) != file["sha256"]:
-            raise StoreError(
-                f"{path} is damaged: it differs from its hash; `sae-run cache` with the same words "
-                "and force=true writes it again"
-            )
+            raise StoreError(f"{path} is damaged: it differs from its hash; {REMEDY}")
 
     def _to_read(self, file: dict[str, Any]) -> Path:
         """The path of a file that is about to be read; the first time its hash is compared."""
