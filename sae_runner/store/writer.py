@@ -6,7 +6,7 @@ that was never stopped: a window's rows and their order depend on nothing outsid
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -231,7 +231,7 @@ def _finish(
 
 
 def _say_missing(
-    info: SiteInfo, selection: TokenSelection, splits: dict[str, Any], n_bad: int
+    info: SiteInfo, selection: TokenSelection, splits: Mapping[Split, dict[str, Any]], n_bad: int
 ) -> None:
     """Count the rows that shorter examples did not give, where each was asked for so many."""
     asked = selection.rows_asked
