@@ -163,6 +163,8 @@ def measurement(envelope: Mapping[str, Any]) -> dict[str, Any]:
     decisive = flat({key: envelope[key] for key in ("evaluator_version", "config", "data")})
     # How rows are batched changes no metric by more than rounding.
     decisive.pop("config.eval.batch_size", None)
+    # A stream cannot count them ahead, and those that are held out are missing from n_tokens.
+    decisive.pop("data.n_unreadable", None)
     rows = {name: metrics["n_tokens"] for name, metrics in envelope["metrics"].items()
             if "n_tokens" in metrics}  # fmt: skip
     return decisive | {f"{name}.n_tokens": n for name, n in rows.items()}

@@ -222,6 +222,12 @@ def test_how_rows_were_batched_is_not_worth_a_remark(make_run: MakeRun) -> None:
     assert remark == "density measured differently: config.eval.n_rows is 7 (#1), 8192 (#2)"
 
 
+def test_what_a_stream_cannot_count_is_not_worth_a_remark(make_run: MakeRun) -> None:
+    runs = load(make_run("a"), make_run("b"))
+    runs[0].evaluators["density"]["data"]["n_unreadable"] = 0
+    assert compare(runs, [], X, Y).remarks == []
+
+
 def test_runs_are_ordered_by_group_kind_and_x(make_run: MakeRun) -> None:
     runs = load(
         make_run("a", metrics={X: 64.0}), make_run("b", metrics={X: 8.0}),
