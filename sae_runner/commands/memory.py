@@ -12,7 +12,7 @@ from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import resolve_device
 from sae_runner.errors import ConfigError
 from sae_runner.kernels.choice import fused, ops_on
-from sae_runner.kernels.selection import CHUNK_BYTES
+from sae_runner.kernels.selection import CHUNK_BYTES, LEAST_ROWS
 from sae_runner.meters import peak_rss_bytes, physical_bytes
 from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import HookedModel, Inputs, Model, SiteInfo
@@ -78,7 +78,8 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
     mixed = n_rows if kept else min(n_rows, max(store.mix_rows, store.window_rows))
     where: Literal["host", "device"] = "device" if kept else "host"
     key = "store.keep_gb" if kept else "store.mix_rows"
-    latents = min(dense, CHUNK_BYTES.get(device.type, dense)) if sae.sparse else 3 * dense
+    chunk = max(CHUNK_BYTES.get(device.type, dense), LEAST_ROWS * 4 * sae.d_sae)
+    latents = min(dense, chunk) if sae.sparse else 3 * dense
     parts = [
         Part("parameters", size, "device", width, 1),
         Part("gradients", 0 if by_rows else size, "device", width, 1),

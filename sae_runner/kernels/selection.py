@@ -18,8 +18,10 @@ from sae_runner.kernels.choice import ops_for
 Precision = Literal["fp32", "screened", "bf16"]
 SCREEN_ERROR = 4 * 2.0**-9
 """What a threshold is lowered by, in units of the rounding of a sum: see `screen_error`."""
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 2**29}
+CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 2**29}
 """What a chunk of scores may take: on a CPU it should stay in cache until it is searched."""
+LEAST_ROWS = 256
+"""Rows of a chunk, if there are so many: a product of fewer reads W too often."""
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -145,7 +147,7 @@ class Selector:
             W = self.shadow_of(W) if fresh else self.shadow_of(W).copy_(W)
             b = self._buffer("b", b.shape, dtype, b.device).copy_(b)
         limit = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"])
-        n_rows = max(1, min(len(x), limit // (len(W) * dtype.itemsize)))
+        n_rows = max(1, min(len(x), max(LEAST_ROWS, limit // (len(W) * dtype.itemsize))))
         buffer = self._buffer("scores", (n_rows, len(W)), dtype, x.device)
         with torch.autocast(x.device.type, enabled=False):
             for part in torch.split(x, n_rows):

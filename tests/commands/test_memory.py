@@ -74,7 +74,7 @@ def test_a_sparse_step_holds_no_dense_latents(parts):
     batch = "activations of a batch"
     wide = ("sae.expansion=null", "sae.d_sae=65536")
     dense, sparse = parts("sae=relu", *wide), parts("sae=topk", *wide)
-    assert sparse[batch].n_bytes < dense[batch].n_bytes / 5
+    assert sparse[batch].n_bytes < dense[batch].n_bytes / 2.5
     with using("torch"):
         assert parts("sae=topk")["gradients"].n_bytes == parts()["parameters"].n_bytes
     if native_ops.available():

@@ -21,6 +21,7 @@ def problem():
 @pytest.fixture(params=["fp32", "screened"])
 def selector(request, monkeypatch):
     monkeypatch.setattr(selection, "CHUNK_BYTES", {"cpu": 50_000, "cuda": 0})  # Several chunks.
+    monkeypatch.setattr(selection, "LEAST_ROWS", 7)
     return Selector(request.param)
 
 
