@@ -92,11 +92,12 @@ class TokenSelection:
             name += "" if 0 in self.drop_positions else ".p0"
         return re.sub(r"[^A-Za-z0-9._-]", "_", name)
 
-    def check(self, info: SiteInfo) -> None:
-        """Refuse a selection that the site cannot serve.
+    def check(self, info: SiteInfo, context: int | None = None) -> None:
+        """Refuse a selection that the site cannot serve; a text has `context` tokens at most.
 
         Raises:
-            ConfigError: class tokens of a model without one, patches of a text model.
+            ConfigError: class tokens of a model without one, patches of a text model, more tokens
+                than there are.
         """
         where = f"site.tokens={self.tokens}: {info.name}"
         own = ["cls"] * info.has_cls + ["patches"] * (info.grid is not None)
@@ -105,13 +106,14 @@ class TokenSelection:
             raise ConfigError(f"{where} has no class token; choose from: {others}")
         if self.tokens == "patches" and info.grid is None:
             raise ConfigError(f"{where} has no patches; choose from: {others}")
-        n = info.n_tokens
+        n = info.n_tokens or context
+        has = f"{info.name} has {n} tokens{'' if info.n_tokens else ' at most'}"
         if n and self.tokens == "positions":
             for position in self.positions:
                 if not -n <= position < n:
-                    raise ConfigError(f"site.positions={position}: {info.name} has {n} tokens")
-        if info.n_tokens and self.tokens == "random_k" and self.k > info.n_tokens:
-            raise ConfigError(f"site.k={self.k}: {info.name} has {info.n_tokens} tokens")
+                    raise ConfigError(f"site.positions={position}: {has}")
+        if n and self.tokens == "random_k" and self.k > n:
+            raise ConfigError(f"site.k={self.k}: {has}")
 
     @property
     def rows_asked(self) -> int:

@@ -144,8 +144,22 @@ def test_what_a_site_can_serve_is_not():
     TokenSelection("patches").check(MAP)
     TokenSelection("positions", positions=(0, 8, -9)).check(IMAGE)
     TokenSelection("positions", positions=(700,)).check(TEXT)  # Texts decide their own length.
+    TokenSelection("positions", positions=(63, -64)).check(TEXT, 64)
     TokenSelection("all", positions=(700,)).check(IMAGE)  # An option that `all` does not use.
     TokenSelection("random_k", k=9).check(IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (TokenSelection("positions", positions=(3, 64)), "site.positions=64: .* 64 tokens at most"),
+        (TokenSelection("positions", positions=(-65,)), "site.positions=-65: .* 64 tokens at most"),
+        (TokenSelection("random_k", k=65), "site.k=65: .* has 64 tokens at most"),
+    ],
+)
+def test_a_text_has_no_more_tokens_than_its_context(selection, message):
+    with pytest.raises(ConfigError, match=message):
+        selection.check(TEXT, 64)
 
 
 @pytest.mark.parametrize(

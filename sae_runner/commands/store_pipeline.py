@@ -183,7 +183,7 @@ class StorePipeline:
         """
         infos = resolve_sites(self.wanted_sites, self.sites)
         for info in infos:
-            self.selection.check(info)
+            self.selection.check(info, self.context)
         return infos
 
     @cached_property
@@ -201,7 +201,7 @@ class StorePipeline:
             raise ConfigError(str(error).replace("site.name", "site.target")) from None
         except ValueError:
             raise ConfigError(f"site.target={self.wanted_target}: means several sites") from None
-        self.selection.check(info)
+        self.selection.check(info, self.context)
         if self.layout(info) != self.layout(self.site):
             raise ConfigError(
                 f"site.target={info.name}: its tokens are not those of site.name={self.site.name}"
