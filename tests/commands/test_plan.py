@@ -215,7 +215,8 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     process.stdout.close()
     assert process.wait(60) == 1
     with process.stderr as stderr:
-        assert stderr.read() == ""
+        # A slow machine may have said by then what it is at.
+        assert [line for line in stderr if " INFO " not in line] == []
 
 
 def test_plan_takes_every_key_of_train(compose_job):
