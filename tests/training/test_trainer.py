@@ -563,7 +563,9 @@ def test_a_budget_is_whole_batches_and_checkpoints_are_spread_evenly(options):
 def test_saves_are_quiet(trainer, caplog):
     with caplog.at_level(logging.INFO):
         trainer("relu", save_every=0).run()
-    assert caplog.text == ""
+    # A slow machine may show progress meanwhile.
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if not line.startswith("train ")] == []
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"kind": "batch_topk"}], ids=str)
