@@ -57,12 +57,11 @@ class Update:
             group["lr"] = lr
         factors = self._factors()
         self.sae.before_step()
-        norm, scale = None, 1.0 if self.options.clip_grad_norm is None else None
-        if measured or scale is None:
-            norm = self._norm(factors)
+        bound = self.options.clip_grad_norm
         clip: float | Tensor = 1.0
-        if self.options.clip_grad_norm is not None and norm is not None:
-            clip = (self.options.clip_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        norm = self._norm(factors) if measured or bound is not None else None
+        if bound is not None and norm is not None:
+            clip = (bound / (norm + 1e-6)).clamp_max(1.0)
             for parameter in self.sae.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(clip)
