@@ -1,10 +1,11 @@
 """What can go wrong by the user's hand, each said in one line that ends the command.
 
 Exception
-└── InputError            exit 2: something given to the command cannot be used
-    ├── ConfigError       a configuration that describes nothing that can be built
-    ├── DataError         a dataset that is absent, empty or of another shape
-    └── StoreError        an activation store or checkpoint that is corrupt or foreign
+├── InputError            exit 2: something given to the command cannot be used
+│   ├── ConfigError       a configuration that describes nothing that can be built
+│   ├── DataError         a dataset that is absent, empty or of another shape
+│   └── StoreError        an activation store or checkpoint that is corrupt or foreign
+└── Incomplete            exit 1: part of the work failed and the rest is kept
 BaseException
 └── Interrupted           exit 128 + signal: state is saved, the command can be typed again
 """
@@ -28,6 +29,10 @@ class DataError(InputError):
 
 class StoreError(InputError):
     """An activation store or a checkpoint that is corrupt, incomplete or made from other inputs."""
+
+
+class Incomplete(RuntimeError):
+    """Part of the work failed, as was said; typing the command again does that part alone."""
 
 
 class Interrupted(BaseException):

@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_runner.composition import keys_of
 from sae_runner.config import options_of
-from sae_runner.errors import InputError, did_you_mean
+from sae_runner.errors import Incomplete, InputError, did_you_mean
 
 ALREADY_THERE = re.compile(r"An item is already at '(.+?)'|Multiple values for (\S+)\.")
 NOT_TAKEN = re.compile(r"Could not (?:override|delete) '([^'@]+?)'")
@@ -18,7 +18,7 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
 
 def explain(error: BaseException, command: str = "") -> str | None:
     """One line for what a user of `command` can mend; None for any other exception."""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | Incomplete):
         return " ".join(str(error).split())
     if is_full_disk(error):
         return (
@@ -39,8 +39,8 @@ def explain(error: BaseException, command: str = "") -> str | None:
 
 def is_bad_input(error: BaseException) -> bool:
     """Whether the user's input is what is wrong (exit code 2)."""
-    memory = is_out_of_memory(error)
-    return not memory and explain(error) is not None
+    other = is_out_of_memory(error) or isinstance(error, Incomplete)
+    return not other and explain(error) is not None
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-pytest_plugins = ["sae_fixtures"]
+pytest_plugins = ["sae_fixtures", "host_fixtures"]
 Finished = subprocess.CompletedProcess[str]
 
 

@@ -13,7 +13,7 @@ ROOMS = [
     {"config", "files", "distributed"},
     {"data"},
     {"models"},
-    {"site"},
+    {"site", "splice"},
     {"saes", "kernels"},
     {"store"},
     {"interchange"},

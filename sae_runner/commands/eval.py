@@ -1,9 +1,9 @@
-"""`sae-run eval`: measure a checkpoint on held-out rows in one shared pass; write report.json."""
+"""`sae-run eval`: measure a checkpoint on held-out data in shared passes; write report.json."""
 
 import datetime
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ from sae_runner.commands.foreign import GROUP, WITHOUT_TRAINING, as_run, foreign
 from sae_runner.commands.job import Job
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import plain, resolve_device
-from sae_runner.errors import ConfigError, StoreError
-from sae_runner.evaluators._shared_pass import shared_pass
-from sae_runner.evaluators.base import EvalContext, Evaluator, Findings
+from sae_runner.data.base import Ids, Split
+from sae_runner.errors import ConfigError, Incomplete, InputError, StoreError
+from sae_runner.evaluators._shared_pass import InputPass, encoded, measure
+from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows
 from sae_runner.interchange import recognise
 from sae_runner.log import log_to, working
-from sae_runner.report.assemble import report_path, write_columns, write_report
+from sae_runner.models.base import Inputs
+from sae_runner.report.assemble import artifacts_of, report_path, write_findings, write_report
 from sae_runner.report.figures import draw_run
 from sae_runner.report.schema import EVAL_SCHEMA, check_envelope, load_report
 from sae_runner.saes.base import SAE
 from sae_runner.store.activations import Activations
+from sae_runner.store.loading import load_batches
 
 log = logging.getLogger("sae_runner")
 
@@ -125,6 +128,8 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
         if path.parent == run_dir and not (run_dir / "figures").is_dir():
             draw_run(run_dir)  # It was stopped between the two.
         return log.info("report is there: %s", path)
+    failures: dict[str, Exception] = {}
+    unfinished: dict[str, str] = {}
     if todo:
         store = pipeline.open_store()
         if store.d_in != facts["d_in"]:
@@ -132,15 +137,28 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
                 f"checkpoint={folder}: its d_in is {facts['d_in']}, the store's is {store.d_in}"
             )
         sae = load_sae(folder).to(resolve_device(pipeline.root.device))
-        options = pipeline.eval_options
-        rows = store.rows("heldout", options.batch_size, options.n_rows)
-        found, cost = shared_pass(todo, rows, context_of(sae, store, pipeline))
-        for name, findings in found.items():
+
+        def keep(name: str, findings: Findings, cost: dict[str, Any]) -> None:
             envelope = envelope_of(name, todo[name], findings, pipeline, facts, folder, cost)
             check_envelope(envelope, name)
-            if findings.per_latent:
-                write_columns(eval_dir / f"{name}.parquet", findings.per_latent)
+            write_findings(eval_dir, name, findings)
             files.write_json(eval_dir / f"{name}.json", envelope)
+            if findings.incomplete:
+                unfinished[name] = findings.incomplete
+
+        options = pipeline.eval_options
+        failures = measure(
+            todo,
+            store.rows("heldout", options.batch_size, options.n_rows),
+            context_of(sae, store, pipeline),
+            keep,
+            inputs=input_pass(store, pipeline),
+            keep_bytes=options.keep_bytes,
+            folder=eval_dir,
+        )
+        for name, error in failures.items():
+            known = isinstance(error, InputError)
+            log.error("evaluator %s failed: %s", name, error, exc_info=None if known else error)
     record = run_record(run_dir)
     write_report(
         path,
@@ -158,9 +176,55 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
         overrides=list(record["overrides"]),
         wanted=list(pipeline.evaluators),
         extra_versions={"threads": str(torch.get_num_threads())},
+        warnings=[
+            *(f"evaluator {name} failed: {first_line(e)}" for name, e in failures.items()),
+            *(f"evaluator {name} is incomplete: {why}" for name, why in unfinished.items()),
+        ],
     )
     if path.parent == run_dir:
         draw_run(run_dir)
+    refuse_failures(failures, unfinished)
+
+
+def refuse_failures(failures: Mapping[str, Exception], unfinished: Mapping[str, str]) -> None:
+    """End the command with what could not be measured, once all the rest is written.
+
+    Raises:
+        InputError: what was given is all that is wrong.
+        Incomplete: something else went wrong.
+    """
+    lines = [f"evaluators.{name}: {first_line(error)}" for name, error in failures.items()]
+    lines += [f"evaluators.{name}: {why}" for name, why in unfinished.items()]
+    if not lines:
+        return
+    what = "; ".join(lines) + "; the others' results are kept"
+    bad_input = not unfinished and all(isinstance(e, InputError) for e in failures.values())
+    raise (ConfigError(what) if bad_input else Incomplete(what))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line; its class where that is all there is."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def input_pass(store: Activations, pipeline: Pipeline) -> InputPass:
+    """The inputs that the model is run on with the SAE in it: the first that the store visits."""
+    n, loading = pipeline.eval_options.n_examples, pipeline.loading
+
+    def ids() -> Ids:
+        return pipeline.plan(pipeline.site).ids["heldout"][:n]
+
+    def batches() -> Iterator[Inputs]:
+        for loaded in load_batches(
+            pipeline.dataset, pipeline.model, ids(), loading.batch_size, loading.workers
+        ):
+            if loaded.inputs is not None:  # What cannot be read was named when it was stored.
+                yield loaded.inputs
+
+    total = len(store.example_ids("heldout"))
+    mean = store.stats(1).mean[-store.d_out :]
+    return InputPass(lambda: pipeline.model, batches, min(n, total), mean)
 
 
 def unmeasured(
@@ -193,6 +257,8 @@ def _is_current(
         log.warning("%s is measured again: %s", name, error)
         return False
     found = (envelope["evaluator_version"], envelope["config"], envelope["sae"]["sha256"])
+    if envelope.get("incomplete"):
+        return False
     config = _config_of(pipeline, name)
     same: bool = found == (evaluator.version, config, facts["sha256"]["sae.safetensors"])
     return same
@@ -211,13 +277,23 @@ def _is_reported(path: Path, eval_dir: Path, pipeline: Pipeline) -> bool:
 
 
 def _config_of(pipeline: Pipeline, name: str) -> dict[str, Any]:
-    return {**plain(pipeline.cfg["evaluators"][name]), "eval": pipeline.eval_options._asdict()}
+    """All that decides an evaluator's findings besides rows and weights."""
+    evaluator, options = pipeline.evaluators[name], pipeline.eval_options._asdict()
+    sizes = {key: options[key] for key in (*evaluator.sizes, "seed")}
+    found = {**plain(pipeline.cfg["evaluators"][name]), "eval": sizes}
+    reads = evaluator.reads()
+    return {**found, "reads": reads} if reads else found
 
 
 def context_of(sae: SAE, store: Activations, pipeline: Pipeline) -> EvalContext:
     """What evaluators may ask for besides the rows."""
     n_rows, wanted = store.n_rows("heldout"), pipeline.eval_options.n_rows
     mean = store.heldout_mean()
+
+    def rows(split: Split, n_examples: int) -> Iterator[Rows]:
+        size = pipeline.eval_options.batch_size
+        return (encoded(sae, batch) for batch in store.rows(split, size, n_examples=n_examples))
+
     return EvalContext(
         sae=sae,
         n_rows=min(wanted or n_rows, n_rows),
@@ -229,6 +305,9 @@ def context_of(sae: SAE, store: Activations, pipeline: Pipeline) -> EvalContext:
         has_cls=store.site.has_cls and store.site.grid is not None,
         dataset=lambda: pipeline.dataset,
         model=lambda: pipeline.model,
+        setting=pipeline.setting,
+        n_latents=pipeline.eval_options.n_latents,
+        rows=rows,
     )
 
 
@@ -259,12 +338,18 @@ def envelope_of(
             "checkpoint": folder.name,
             "sha256": facts["sha256"]["sae.safetensors"],
         },
-        "data": {**facts["dataset"], "split": "heldout", "n_tokens": cost["sae_encodes"]},
+        "data": {
+            **facts["dataset"],
+            "split": "heldout",
+            "n_tokens": cost["sae_encodes"] if evaluator.reads_rows() else 0,
+            **({"n_examples": cost["full_forwards"]} if evaluator.splices else {}),
+        },
         "config": _config_of(pipeline, name),
         "metrics": findings.metrics,
         "ci": findings.ci,
         "notes": [note._asdict() for note in findings.notes],
         "series": findings.series,
-        "artifacts": {"per_latent": f"{name}.parquet"} if findings.per_latent else {},
+        "artifacts": artifacts_of(name, findings),
         "cost": cost,
+        **({"incomplete": findings.incomplete} if findings.incomplete else {}),
     }

@@ -109,18 +109,33 @@ class StoreOptions(NamedTuple):
 
 
 class EvalOptions(NamedTuple):
-    """The `eval` block: which rows the shared pass sees."""
+    """The `eval` block: how much the evaluators see."""
 
     n_rows: int | None
+    n_examples: int
+    n_latents: int
     batch_size: int
+    keep_gb: float
     seed: int
 
     @classmethod
     def from_config(
-        cls, *, n_rows: Positive | None, batch_size: Positive, seed: NonNegative
+        cls,
+        *,
+        n_rows: Positive | None,
+        n_examples: Positive,
+        n_latents: Positive,
+        batch_size: Positive,
+        keep_gb: PositiveFloat,
+        seed: NonNegative,
     ) -> "EvalOptions":
         """Typed and in range."""
-        return cls(n_rows, batch_size, seed)
+        return cls(n_rows, n_examples, n_latents, batch_size, keep_gb, seed)
+
+    @property
+    def keep_bytes(self) -> int:
+        """`keep_gb`, counted."""
+        return round(self.keep_gb * 1e9)
 
 
 class Loading(NamedTuple):

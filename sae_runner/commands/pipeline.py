@@ -20,7 +20,7 @@ from sae_runner.config import construct, convert, identity, options_of, resolve_
 from sae_runner.data.base import SPLITS
 from sae_runner.errors import ConfigError, StoreError, did_you_mean
 from sae_runner.evaluators import EVALUATORS
-from sae_runner.evaluators.base import Evaluator
+from sae_runner.evaluators.base import Evaluator, Setting
 from sae_runner.files import require_writable
 from sae_runner.log import working
 from sae_runner.report.expected import check_expected
@@ -136,9 +136,16 @@ class Pipeline(StorePipeline):
             objectives.check(self, sae)
             for name, evaluator in self.evaluators.items():
                 try:
-                    evaluator.check(self.raw_dataset)
+                    evaluator.check(self.setting)
                 except ConfigError as error:
                     raise ConfigError(f"evaluators.{name}: {error}") from None
+
+    @property
+    def setting(self) -> Setting:
+        """What evaluators may know before anything runs."""
+        return Setting(
+            self.raw_dataset, lambda: self.shapes, self.site, self.selection, self.target
+        )
 
     def release_model(self) -> None:
         """Let go of the model once rows are stored, unless steps run it too.

@@ -1,30 +1,41 @@
-"""What an evaluator is: a subscriber to the one pass over held-out rows.
+"""What an evaluator is: a subscriber to passes that all evaluators share.
 
-    start(context) → update(rows) for every batch → finish() → Findings
+    start(context) → update(rows) for every batch of stored rows
+                   → update_spliced(batch) for every batch of inputs the model is run on
+                   → finish() → Findings
 
-Nobody re-reads the store or re-runs the model on its own. Metric names are fixed once and mean the
-same for every architecture; sums are kept in float64 and ratios are taken at the end.
+An evaluator takes part in a pass by overriding its method; nobody re-reads the store or re-runs the
+model on its own account where a pass would do. Metric names are fixed once and mean the same for
+every architecture; sums are kept in float64 and ratios are taken at the end.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sae_runner.data.base import Dataset
-from sae_runner.models.base import Model
+from sae_runner.data.base import Dataset, Split
+from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.saes.base import SAE, Latents
+from sae_runner.site import TokenSelection
+from sae_runner.splice import Run
+
+if TYPE_CHECKING:
+    from sae_runner.evaluators._codes import Codes
 
 Axis = Literal["faithfulness", "interpretability", "both"]
+SpliceKind = Literal["recon", "zero", "mean"]
+"""What stands at the selected tokens: the reconstruction, zeros, or the training rows' mean."""
 
 
 class Rows(NamedTuple):
-    """One batch of the shared pass, on the CPU or the GPU."""
+    """One batch of stored rows, encoded; on the CPU or the GPU."""
 
     x: Float[Tensor, "n d_in"]
     latents: Latents
@@ -34,6 +45,37 @@ class Rows(NamedTuple):
     """Token position within the example."""
     label: Int64[Tensor, " n"] | None
     """Class, -1 where an example has none; None where the dataset has no classes."""
+
+
+class Spliced(NamedTuple):
+    """One batch of inputs, run as it is and with something in the site's place."""
+
+    kind: SpliceKind
+    inputs: Inputs
+    replaced: Bool[Tensor, "n t"]
+    """The tokens of the site that are replaced: those that the SAE was trained on."""
+    clean: Run
+    run: Run
+    """Watched sites are recorded for `recon` alone, in `clean` too."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known before anything runs: what an evaluator may refuse."""
+
+    dataset: Dataset
+    """As it is configured; running text is not packed yet."""
+    shapes: Callable[[], Model]
+    """The model without its weights, built when asked."""
+    site: SiteInfo
+    selection: TokenSelection
+    target: SiteInfo | None = None
+    """What a transcoder predicts."""
+
+    @property
+    def spliced_site(self) -> SiteInfo:
+        """Where a reconstruction goes."""
+        return self.target or self.site
 
 
 @dataclass(frozen=True)
@@ -52,19 +94,32 @@ class EvalContext:
     mean: Float[Tensor, " d_in"] | None = None
     """Mean of the held-out rows, where the store knows it before the pass (float64 if it can)."""
     dataset: Callable[[], Dataset] | None = None
-    """Loads the dataset, when asked."""
+    """Loads the dataset as the model reads it, when asked."""
     model: Callable[[], Model] | None = None
     """Loads the model, when asked."""
+    setting: Setting | None = None
+    n_latents: int = 1000
+    """Latents to sample where they are looked at one by one."""
+    rows: Callable[[Split, int], Iterator[Rows]] | None = None
+    """Encoded rows of the first n examples that the store visits (a seeded sample), whole."""
+    codes: Callable[[], "Codes"] | None = None
+    """At the end of the pass: its latents by example, where `keeps_codes`."""
+    folder: Path | None = None
+    """Where this evaluator may keep what it need not do again; it is made when first written."""
 
 
 class Note(NamedTuple):
     """Why a number is null or to be read with care."""
 
     code: str
-    """zero_denominator, constant_feature, dead_feature, single_class, too_few_examples,
-    missing_dependency, not_applicable."""
+    """zero_denominator, negative_denominator, constant_feature, dead_feature, single_class,
+    too_few_examples, missing_dependency, not_applicable."""
     metric: str
     detail: str
+
+
+Columns = Mapping[str, Any]
+"""Arrays or lists of one length, by name."""
 
 
 @dataclass
@@ -80,6 +135,15 @@ class Findings:
     """Histograms and curves for figures: lists of numbers by name."""
     per_latent: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     """Columns of features.parquet, one value for each latent."""
+    tables: dict[str, Columns] = field(default_factory=dict)
+    """Other tables by name, each a parquet file: one row a task, a latent that was sampled, …"""
+    arrays: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Named tensors, each group a safetensors file."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Text files by name, such as `pack.html`."""
+    incomplete: str = ""
+    """What went wrong in part, in a line: the findings stand, and the command says so at its end
+    (exit code 1). A later run measures again."""
 
 
 class Evaluator(ABC):
@@ -87,22 +151,43 @@ class Evaluator(ABC):
 
     axis: ClassVar[Axis]
     version: ClassVar[str] = "1"
+    sizes: ClassVar[tuple[str, ...]] = ("n_rows",)
+    """The sizes of the `eval` block that its findings depend on."""
+    splices: ClassVar[tuple[SpliceKind, ...]] = ()
+    """What `update_spliced` is to be called with."""
+    keeps_codes: ClassVar[bool] = False
+    """Whether `finish` asks for `EvalContext.codes`."""
 
-    def check(self, dataset: Dataset) -> None:  # noqa: B027 - most have nothing to refuse
-        """Before anything runs: refuse a dataset that this evaluator cannot measure on.
+    def check(self, setting: Setting) -> None:  # noqa: B027 - most have nothing to refuse
+        """Before anything runs: refuse what this evaluator cannot measure on.
 
         Raises:
             ConfigError: what is missing, and what to use instead.
         """
 
+    def reads(self) -> dict[str, str]:
+        """What decides the findings besides options, rows and weights: hashes of files read."""
+        return {}
+
+    def watches(self, setting: Setting) -> Sequence[SiteInfo]:
+        """The later sites that `update_spliced` wants to see."""
+        return ()
+
     @abstractmethod
     def start(self, context: EvalContext) -> None:
         """Before the first batch; also clears what an earlier pass left."""
 
-    @abstractmethod
-    def update(self, rows: Rows) -> None:
-        """Take one batch into account."""
+    def update(self, rows: Rows) -> None:  # noqa: B027 - a pass that is not taken part in
+        """Take one batch of stored rows into account."""
+
+    def update_spliced(self, batch: Spliced) -> None:  # noqa: B027 - likewise
+        """Take one batch of inputs into account; `recon` comes first of its kinds."""
 
     @abstractmethod
     def finish(self) -> Findings:
         """After the last batch."""
+
+    @classmethod
+    def reads_rows(cls) -> bool:
+        """Whether it takes part in the pass over stored rows."""
+        return cls.keeps_codes or cls.update is not Evaluator.update

@@ -11,10 +11,18 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sae_runner.data.base import Dataset, Ids
+from sae_runner.data.base import Ids
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
-from sae_runner.evaluators.base import Axis, EvalContext, Evaluator, Findings, Note, Rows
+from sae_runner.evaluators.base import (
+    Axis,
+    EvalContext,
+    Evaluator,
+    Findings,
+    Note,
+    Rows,
+    Setting,
+)
 from sae_runner.saes.base import Latents
 
 RECOVERED = 0.9  # Cosine above which a true feature counts as found.
@@ -52,8 +60,9 @@ class Recovery(Evaluator):
         self.n_active: Int64[Tensor, " n_features"]
         self.n_fired: Int64[Tensor, " d_sae"]
 
-    def check(self, dataset: Dataset) -> None:
+    def check(self, setting: Setting) -> None:
         """See `Evaluator.check`: the true dictionary must be known."""
+        dataset = setting.dataset
         if not isinstance(dataset, KnownDictionary):
             raise ConfigError(
                 f"not applicable: dataset {dataset.name!r} has no true dictionary; "

@@ -79,14 +79,37 @@ class Tokens:
         prefix, suffix = self.framing.prefix, self.framing.suffix
         encoded = self.encode([example.value for example in examples])
         rows = [[*prefix, *row[: self.framing.body], *suffix] for row in encoded]
+        for example, row in zip(examples, rows, strict=True):
+            if not row:
+                raise DataError(f"example {example.id}: text without any token")
+        return self.pad_rows(rows)
+
+    def pad_rows(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Rows of token ids padded on the right, and True where a token is no padding."""
         tokens = torch.full((len(rows), max(map(len, rows))), self.pad, dtype=torch.int64)
         attended = torch.zeros(tokens.shape, dtype=torch.bool)
         for i, row in enumerate(rows):
-            if not row:
-                raise DataError(f"example {examples[i].id}: text without any token")
             tokens[i, : len(row)] = torch.tensor(row)
             attended[i, : len(row)] = True
         return tokens, attended
+
+    def rows(self, rows: Sequence[Sequence[int]]) -> Inputs:
+        """A batch of rows of token ids as they are."""
+        tokens, attended = self.pad_rows(rows)
+        tensors = {"tokens": tokens, "mask": attended.long()}
+        return Inputs(torch.arange(len(rows)), tensors, attended, self.is_special(tokens))
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token alone."""
+        found: list[str] = self.tokenizer.batch_decode([[token] for token in tokens])
+        return found
+
+    @property
+    def filler(self) -> int:
+        """[MASK], or the last token of " _" where there is none."""
+        if self.tokenizer.mask_token_id is not None:
+            return int(self.tokenizer.mask_token_id)
+        return self.encode([" _"])[0][-1]
 
     def is_special(self, tokens: Tensor) -> Tensor:
         """True at BOS, EOS, CLS, SEP and their like."""

@@ -22,13 +22,14 @@ from sae_runner.models._open_clip_weights import (
     trained_with,
 )
 from sae_runner.models._precision import Precision
+from sae_runner.models._text import TextTower
 from sae_runner.models.base import HookedModel, Inputs, Tap, labels_of, weights_hash
 
 log = logging.getLogger("sae_runner")
 
 
 @MODELS.register("open_clip")
-class OpenCLIP(HookedModel):
+class OpenCLIP(HookedModel, TextTower):
     """A CLIP model; its output is the image embedding [n, d], not normalised.
 
     Sites of its own ViT: `blocks.{i}.resid_pre | attn_q | attn_k | attn_v | attn_z | attn_out |

@@ -115,6 +115,7 @@ class TinyCLIP(OpenCLIP):
     ) -> None:
         HookedModel.__init__(self)
         self.arch, self.precision, self.quick_gelu = "tiny_clip", "fp32", False
+        self.templates = tuple(templates)
         shape = {
             "embed_dim": embed_dim,
             "vision_cfg": {
@@ -183,12 +184,7 @@ class TinyCLIP(OpenCLIP):
         """
         names = [spoken(name) for name in dataset.label_names or ()]
         with torch.no_grad():
-            texts = [
-                nn.functional.normalize(self.encode_text([t.format(n) for t in templates]), dim=-1)
-                for n in names
-            ]
-            classes = torch.stack([text.mean(0) for text in texts])
-            classes = nn.functional.normalize(classes, dim=-1)
+            classes = self.class_embeddings(names, templates)
             right = n_seen = 0
             for examples in chunks_of(dataset, dataset.ids(split)):
                 inputs = self.prepare([e for e in examples if e.label is not None])

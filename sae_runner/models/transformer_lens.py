@@ -16,11 +16,12 @@ from sae_runner.errors import ConfigError
 from sae_runner.models import MODELS
 from sae_runner.models._precision import DTYPES, Precision
 from sae_runner.models._pretrained import Pretrained, load, load_tokenizer
+from sae_runner.models._text import ReadsTokens
 from sae_runner.models._tokens import Tokens
 from sae_runner.models.base import HookedModel, Inputs, SiteInfo, Tap, weights_hash
 
 
-class TextHost(HookedModel):
+class TextHost(HookedModel, ReadsTokens):
     """A Hugging Face transformer whose sites are found by TransformerLens' bridge.
 
     Weights are used as they are: no folding of layer norms, no centring. Sites of block i:
@@ -104,6 +105,19 @@ class TextHost(HookedModel):
     def prepare(self, examples: Sequence[Example]) -> Inputs:
         """See `Model.prepare` and `Tokens.prepare`."""
         return self.tokens.prepare(examples)
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """See `ReadsTokens.pieces`."""
+        return self.tokens.pieces(tokens)
+
+    def token_rows(self, rows: Sequence[Sequence[int]]) -> Inputs:
+        """See `ReadsTokens.token_rows`."""
+        return self.tokens.rows(rows)
+
+    @property
+    def filler(self) -> int:
+        """See `ReadsTokens.filler`."""
+        return self.tokens.filler
 
     def adapt(self, dataset: Dataset) -> Dataset:
         """Running text packed to rows of `context` tokens; other text as it is.

@@ -5,17 +5,21 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae_runner import __version__, files
 from sae_runner.report.expected import judge
 from sae_runner.report.schema import REPORT_SCHEMA, check_report, flat_ci, flat_metrics
 
+if TYPE_CHECKING:
+    from sae_runner.evaluators.base import Findings
+
 log = logging.getLogger("sae_runner")
 PACKAGES = ("torch", "numpy", "safetensors", "hydra-core", "open_clip_torch", "timm",
             "transformers", "transformer-lens", "datasets")  # fmt: skip
+ENDINGS = {"tables": ".parquet", "arrays": ".safetensors", "texts": ""}
 HEADLINE = ("l0", "fvu", "explained_variance", "dead_frac", "mmcs_true_to_sae")
 
 
@@ -35,6 +39,7 @@ def write_report(
     overrides: list[str],
     wanted: list[str],
     extra_versions: Mapping[str, str],
+    warnings: Sequence[str] = (),
 ) -> None:
     """Assemble the report of a checkpoint and check it against its schema.
 
@@ -48,6 +53,7 @@ def write_report(
         overrides: what was typed.
         wanted: evaluators, in the order of the report; others found on disk follow.
         extra_versions: what only the caller knows, such as the number of threads.
+        warnings: what went wrong while it was measured.
     """
     eval_dir = run_dir / "eval" / checkpoint
     found = [p.stem for p in sorted(eval_dir.glob("*.json")) if p.stem != "report"]
@@ -74,7 +80,7 @@ def write_report(
             "sae": facts["sha256"]["sae.safetensors"],
             "store": facts["store"],
         },
-        "warnings": warnings_of(facts),
+        "warnings": [*warnings_of(facts), *warnings],
         "training": metrics_at(run_dir / "metrics.jsonl", facts["step"]),
         "evaluators": envelopes,
         "expected": judge(
@@ -103,13 +109,42 @@ def headline(report: Mapping[str, Any]) -> str:
 def write_columns(path: Path, columns: Mapping[str, Any]) -> None:
     """A parquet file with one row a latent, keyed by `feature`."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     n = len(next(iter(columns.values())))
-    table = pa.table({"feature": pa.array(range(n), pa.int32()), **columns})
+    write_table(path, {"feature": pa.array(range(n), pa.int32()), **columns})
+
+
+def write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    """A parquet file of columns of one length."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(dict(columns))
     with files.atomic(path) as temporary:
         # Row groups of 8,192: any one latent is read in about a millisecond.
         pq.write_table(table, temporary, compression="zstd", row_group_size=8192)
+
+
+def artifacts_of(name: str, findings: "Findings") -> dict[str, Any]:
+    """Where `write_findings` puts what is no number, relative to the folder of the step."""
+    found: dict[str, Any] = {"per_latent": f"{name}.parquet"} if findings.per_latent else {}
+    for kind, ending in ENDINGS.items():
+        if names := sorted(getattr(findings, kind)):
+            found[kind] = {part: f"{name}/{part}{ending}" for part in names}
+    return found
+
+
+def write_findings(eval_dir: Path, name: str, findings: "Findings") -> None:
+    """The per-latent columns, tables, tensors and texts of an evaluator."""
+    if findings.per_latent:
+        write_columns(eval_dir / f"{name}.parquet", findings.per_latent)
+    folder = eval_dir / name
+    for part, columns in findings.tables.items():
+        write_table(folder / f"{part}.parquet", columns)
+    for part, tensors in findings.arrays.items():
+        files.write_tensors(folder / f"{part}.safetensors", tensors)
+    for part, text in findings.texts.items():
+        files.write_text(folder / part, text)
 
 
 def join_columns(eval_dir: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sae_runner.data.base import Ids, Split
@@ -113,23 +113,35 @@ class Activations(ABC):
     in_order: bool = False
     """A stream without random access must be visited front to back."""
 
-    def rows(self, split: Split, batch_size: int, limit: int | None = None) -> Iterator[StoredRows]:
-        """Rows in stored order, at most `limit` of them, and never a part of an example's rows.
+    def rows(
+        self,
+        split: Split,
+        batch_size: int,
+        limit: int | None = None,
+        *,
+        n_examples: int | None = None,
+    ) -> Iterator[StoredRows]:
+        """Rows in stored order, never a part of an example's rows, at most `limit` of them.
 
         One example comes however low the limit is, unless it is 0. Of the window in which the limit
-        lies, examples are drawn: its order of ids may be one of classes.
+        lies, examples are drawn: its order of ids may be one of classes. `n_examples` limits the
+        examples in the same way: the first that are visited, which are a seeded sample.
         """
         left = limit if limit is not None else np.inf
+        left_examples = n_examples if n_examples is not None else np.inf
         for index in range(self.n_windows(split)):
             window = self.window(split, index)
             keep = window.get("keep")
             chosen = keep if keep is not None else torch.arange(len(window["activations"]))
             cut = len(chosen) > left
-            if cut:
-                none_yet = left == limit
-                chosen = chosen[
-                    _whole_examples(window["example_id"][chosen], int(left), index, none_yet)
-                ]
+            if cut or n_examples is not None:
+                of_rows = window["example_id"][chosen]
+                whole = _Examples(of_rows, index)
+                least = int(left == limit and left > 0)
+                n = max(whole.fitting(int(left)), least) if cut else whole.n
+                cut = cut or whole.n >= left_examples
+                chosen = chosen[whole.rows(int(min(n, left_examples)))]
+                left_examples -= min(n, left_examples)
             for part in torch.split(chosen, batch_size) if len(chosen) else ():
                 left -= len(part)
                 yield StoredRows(
@@ -172,16 +184,24 @@ class Activations(ABC):
             yield Batch(delivery.delivered(x), cursor.position)
 
 
-def _whole_examples(
-    example_id: Int64[Tensor, " n"] | Int32[Tensor, " n"], limit: int, seed: int, at_least_one: bool
-) -> Int64[Tensor, " kept"]:
-    """Which rows are of examples, drawn by seed, that have at most `limit` rows together."""
-    _, example, sizes = np.unique(example_id.numpy(), return_inverse=True, return_counts=True)
-    drawn = np.random.default_rng(seed).permutation(len(sizes))
-    n_examples = int((sizes[drawn].cumsum() <= limit).sum())
-    if at_least_one and limit:
-        n_examples = max(1, n_examples)
-    return torch.from_numpy(np.isin(example, drawn[:n_examples]).nonzero()[0])
+class _Examples:
+    """The examples of some rows, in an order drawn by seed."""
+
+    def __init__(self, example_id: Tensor, seed: int) -> None:
+        _, self.example, sizes = np.unique(
+            example_id.numpy(), return_inverse=True, return_counts=True
+        )
+        self.n = len(sizes)
+        self.drawn = np.random.default_rng(seed).permutation(self.n)
+        self.sizes = sizes[self.drawn]
+
+    def fitting(self, limit: int) -> int:
+        """How many of them have at most `limit` rows together."""
+        return int((self.sizes.cumsum() <= limit).sum())
+
+    def rows(self, n: int) -> Int64[Tensor, " kept"]:
+        """Which rows are of the first n."""
+        return torch.from_numpy(np.isin(self.example, self.drawn[:n]).nonzero()[0])
 
 
 def _sides(window: dict[str, Tensor]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from benchmarks.trainers import topk_options
 from benchmarks.visits import Visited
 from sae_runner.config import preset
 from sae_runner.evaluators import EVALUATORS
-from sae_runner.evaluators._shared_pass import shared_pass
+from sae_runner.evaluators._shared_pass import measure
 from sae_runner.evaluators.base import EvalContext
 from sae_runner.meters import peak_rss_mib
 from sae_runner.saes import SAES
@@ -97,7 +97,11 @@ def prepare(asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         context = EvalContext(
             sae=sae, n_rows=n_rows, example_ids=np.arange(n_examples), seed=0, mean=held.x.mean(0)
         )
-        _, cost = shared_pass(evaluators, batches(), context)
+        costs: list[dict[str, Any]] = []
+        failures = measure(evaluators, batches(), context, lambda *found: costs.append(found[2]))
+        for error in failures.values():
+            raise error
+        cost = costs[-1]
         start = time.perf_counter()
         n_encoded = 0
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """End-to-end training (Braun et al. 2024, arXiv 2405.12241): what counts is what comes out."""
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,20 +9,15 @@ from torch import Tensor
 
 from sae_runner.config import NonNegativeFloat
 from sae_runner.errors import ConfigError
-from sae_runner.models.base import Edit, Inputs, Model, SiteInfo
+from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.saes.base import SAE, Loss, TrainState
-from sae_runner.site import TokenSelection, resolve_sites
+from sae_runner.site import TokenSelection
+from sae_runner.splice import Run, kl_divergence, later_sites, rows_of, run
 from sae_runner.training.objectives import OBJECTIVES
 from sae_runner.training.objectives.base import WHOLE, Objective, Share
 
 SITES = "trainer.objective.downstream_sites"
-
-
-class Run(NamedTuple):
-    """What one pass of the model gave."""
-
-    output: Tensor
-    sites: dict[str, Float[Tensor, "n t d"]]
+OTHERWISE = ", or set trainer.objective.downstream_coefficient=0"
 
 
 @OBJECTIVES.register("e2e")
@@ -79,7 +74,9 @@ class EndToEnd(Objective):
         self.reconstruction_coefficient = reconstruction_coefficient
         self._check()
         wanted = downstream_coefficient > 0
-        self.downstream = later_sites(model, site, downstream_sites) if wanted else []
+        self.downstream = (
+            later_sites(model, site, downstream_sites, SITES, OTHERWISE) if wanted else []
+        )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -150,26 +147,8 @@ class EndToEnd(Objective):
         return terms
 
     def run(self, inputs: Inputs, x: Float[Tensor, "n t d"] | None = None) -> Run:
-        """Run the model, or what comes after the site when that holds x: output and later sites.
-
-        As it is, the site itself is among what is seen.
-        """
-        seen: dict[str, Tensor] = {}
-
-        def watched(name: str) -> Edit:
-            def edit(x: Tensor) -> Tensor:
-                seen[name] = x
-                return x
-
-            return edit
-
-        later = {info.name: watched(info.name) for info in self.downstream}
-        with torch.autocast(self.model.device.type, enabled=False):
-            if x is not None:
-                return Run(self.model.resume_from(self.site.name, x, inputs, later), seen)
-            return Run(
-                self.model.splice(inputs, {self.site.name: watched(self.site.name), **later}), seen
-            )
+        """The model's output and later sites; see `splice.run`."""
+        return run(self.model, inputs, self.site, x, watched=self.downstream)
 
     def shares(self, parts: Sequence[Tensor | Inputs]) -> list[Share]:
         """See `Objective.shares`; how many rows there are is known ahead of running the model."""
@@ -190,11 +169,6 @@ class EndToEnd(Objective):
         return int(self.selection.mask(self.site, part, length).sum()), n_tokens, n
 
 
-def rows_of(x: Tensor, valid: Bool[Tensor, "n t"] | None) -> Float[Tensor, "m d"]:
-    """The last axis of `x`, of all places or of those that are valid."""
-    return x.flatten(0, -2) if valid is None else x[valid.to(x.device)]
-
-
 def mean_square_difference(
     clean: Run, spliced: Run, info: SiteInfo, inputs: Inputs
 ) -> Float[Tensor, ""]:
@@ -202,42 +176,3 @@ def mean_square_difference(
     valid = inputs.attended if info.kind == "tokens" else None  # Which images do not have.
     a, b = (rows_of(run.sites[info.name], valid) for run in (clean, spliced))
     return (a - b).square().mean()
-
-
-def kl_divergence(
-    clean: Float[Tensor, "n classes"], spliced: Float[Tensor, "n classes"]
-) -> Float[Tensor, ""]:
-    """Mean over rows of KL(clean ‖ spliced), in nats, of the softmax of logits."""
-    precision = torch.promote_types(clean.dtype, torch.float32)  # Not in half precision.
-    log_p, log_q = clean.to(precision).log_softmax(1), spliced.to(precision).log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
-
-
-def later_sites(model: Model, site: SiteInfo, wanted: Sequence[str] | None) -> list[SiteInfo]:
-    """The sites after `site` that `wanted` means; by default `resid_post` of every later block.
-
-    Raises:
-        ConfigError: there are none, or one that is named does not come later.
-    """
-    sites = list(model.sites().values())
-    names = [info.name for info in sites]
-    later = sites[names.index(site.name) + 1 :]
-    if wanted is None:
-        found = [x for x in later if x.name.endswith(".resid_post")]
-        if not site.name.endswith(".resid_pre"):  # Of its own block only what it is added to.
-            block = ".".join(site.name.split(".")[:2])
-            found = [x for x in found if not x.name.startswith(f"{block}.")]
-        if not found:
-            raise ConfigError(
-                f"{SITES}=null: no block comes after {site.name}; name later sites, or set "
-                "trainer.objective.downstream_coefficient=0"
-            )
-        return found
-    try:
-        chosen = resolve_sites(wanted, model.sites())
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("site.name", SITES, 1)) from None
-    for info in chosen:
-        if info not in later:
-            raise ConfigError(f"{SITES}={info.name}: does not come after {site.name}")
-    return chosen

@@ -8,8 +8,8 @@ from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
 from sae_runner.saes.base import TrainState
 from sae_runner.site import TokenSelection
+from sae_runner.splice import kl_divergence, later_sites
 from sae_runner.training.dead_latents import DEAD_LATENTS
-from sae_runner.training.objectives.e2e import kl_divergence, later_sites
 from sae_runner.training.parts import Taken
 
 STATE = TrainState(0.7, 0.5)
@@ -220,7 +220,9 @@ def test_autocast_leaves_the_model_in_its_own_precision(host, inputs, sae, objec
     ],
 )  # fmt: skip
 def test_later_sites(host, site, wanted, expected):
-    assert [info.name for info in later_sites(host, host.sites()[site], wanted)] == expected
+    assert [
+        info.name for info in later_sites(host, host.sites()[site], wanted, "sites")
+    ] == expected
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_later_sites(host, site, wanted, expected):
 )  # fmt: skip
 def test_sites_that_are_not_later_are_refused(host, site, wanted, message):
     with pytest.raises(ConfigError) as error:
-        later_sites(host, host.sites()[site], wanted)
+        later_sites(host, host.sites()[site], wanted, "trainer.objective.downstream_sites")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

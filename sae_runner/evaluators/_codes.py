@@ -1,0 +1,232 @@
+"""The latents of a pass grouped by example, both ways round: what is asked of latents one by one.
+
+Top examples, pooled latents of an example, verified negatives and how latents fire together are all
+read from here, so that no row is encoded twice. It takes 8 bytes for each active latent of a row;
+where that is more than `keep_bytes`, examples are kept by a seeded hash of their ids, as many as
+fit: which ones does not depend on batches or their order.
+"""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float32, Int32, Int64
+from torch import Tensor
+
+from sae_runner.evaluators.base import Rows
+
+ENTRY_BYTES = 8
+Ids = npt.NDArray[np.int64]
+
+
+class Firing(NamedTuple):
+    """Where one latent is active, row by row, in the order of examples and positions."""
+
+    row: Int64[Tensor, " m"]
+    """Number of the row in `Codes`."""
+    value: Float32[Tensor, " m"]
+
+
+class Peaks(NamedTuple):
+    """The strongest activation of one latent in each example in which it is active."""
+
+    slot: Int64[Tensor, " m"]
+    """Number of the example in `Codes.example_ids`, ascending."""
+    value: Float32[Tensor, " m"]
+    position: Int64[Tensor, " m"]
+    """Of the token where it is strongest; the first of equals."""
+
+
+class Codes:
+    """Sparse latents of whole examples; rows by example id, then by position.
+
+    Args:
+        example_id: of each row.
+        position: of each row.
+        label: of each row, or None.
+        offsets: row t owns the entries from offsets[t] to offsets[t + 1].
+        indices: the latent of each entry.
+        values: its activation.
+        d_sae: number of latents.
+        n_left_out: examples that did not fit.
+    """
+
+    def __init__(
+        self,
+        example_id: Int64[Tensor, " n"],
+        position: Int64[Tensor, " n"],
+        label: Int64[Tensor, " n"] | None,
+        offsets: Int64[Tensor, " n_plus_1"],
+        indices: Int32[Tensor, " nnz"],
+        values: Float32[Tensor, " nnz"],
+        d_sae: int,
+        n_left_out: int = 0,
+    ) -> None:
+        order = torch.from_numpy(np.lexsort((position.numpy(), example_id.numpy())))
+        counts = offsets.diff()[order]
+        self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        within = torch.arange(int(counts.sum())) - self.offsets[:-1].repeat_interleave(counts)
+        source = offsets[:-1][order].repeat_interleave(counts) + within
+        self.indices, self.values = indices[source], values[source]
+        self.position, self.d_sae, self.n_left_out = position[order], d_sae, n_left_out
+        example_id = example_id[order]
+        self.example_ids, self.slot = torch.unique_consecutive(example_id, return_inverse=True)
+        """Ids of the examples, ascending, and for each row the number of its example."""
+        self.label = None if label is None else label[order][self._first_rows]
+        """Class of each example."""
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    @property
+    def n_examples(self) -> int:
+        """How many examples there are."""
+        return len(self.example_ids)
+
+    @cached_property
+    def _first_rows(self) -> Int64[Tensor, " n_examples"]:
+        return torch.searchsorted(self.slot, torch.arange(self.n_examples))
+
+    @cached_property
+    def example_offsets(self) -> Int64[Tensor, " n_examples_plus_1"]:
+        """Example e owns the rows from example_offsets[e] to example_offsets[e + 1]."""
+        return torch.cat([self._first_rows, torch.tensor([len(self)])])
+
+    @cached_property
+    def entry_row(self) -> Int32[Tensor, " nnz"]:
+        """The row of each entry."""
+        rows = torch.arange(len(self), dtype=torch.int32)
+        return rows.repeat_interleave(self.offsets.diff())
+
+    @cached_property
+    def _by_latent(self) -> tuple[Tensor, Tensor]:
+        """Where each latent's entries begin, and all entries in the order of latents, then rows."""
+        order = np.argsort(self.indices.numpy(), kind="stable")
+        counts = torch.bincount(self.indices.long(), minlength=self.d_sae)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return starts, torch.from_numpy(order)
+
+    @property
+    def n_fired(self) -> Int64[Tensor, " d_sae"]:
+        """In how many rows each latent is active."""
+        return self._by_latent[0].diff()
+
+    @cached_property
+    def n_examples_fired(self) -> Int64[Tensor, " d_sae"]:
+        """In how many examples each latent is active."""
+        starts, order = self._by_latent
+        slots = self.slot[self.entry_row[order].long()]
+        new = torch.ones(len(slots), dtype=torch.int64)
+        new[1:] = (slots[1:] != slots[:-1]).long()
+        begins = starts[:-1][starts.diff() > 0]
+        new[begins] = 1
+        latent = torch.arange(self.d_sae).repeat_interleave(starts.diff())
+        return torch.zeros(self.d_sae, dtype=torch.int64).index_add_(0, latent, new)
+
+    def firing(self, latent: int) -> Firing:
+        """The rows in which a latent is active."""
+        starts, order = self._by_latent
+        entries = order[int(starts[latent]) : int(starts[latent + 1])]
+        return Firing(self.entry_row[entries].long(), self.values[entries])
+
+    def peaks(self, latent: int) -> Peaks:
+        """The examples in which a latent is active, and its strongest activation in each."""
+        row, value = self.firing(latent)
+        slots, group = torch.unique_consecutive(self.slot[row], return_inverse=True)
+        best = torch.full((len(slots),), -torch.inf).scatter_reduce_(0, group, value, "amax")
+        # Rows are in order of position: the first that holds the maximum is the one.
+        place = torch.where(value == best[group], torch.arange(len(row)), len(row))
+        first = torch.full((len(slots),), len(row)).scatter_reduce_(0, group, place, "amin")
+        return Peaks(slots, best, self.position[row[first]])
+
+    def activations(self, latent: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Positions of an example's rows, and a latent's activation at each (0 where inactive)."""
+        begin, end = self.example_offsets[slot : slot + 2].tolist()
+        row, value = self.firing(latent)
+        low, high = torch.searchsorted(row, torch.tensor([begin, end])).tolist()
+        acts = torch.zeros(end - begin)
+        acts[row[low:high] - begin] = value[low:high]
+        return self.position[begin:end], acts
+
+
+class CodesCollector:
+    """Keeps the latents of a pass, within `keep_bytes`."""
+
+    def __init__(self, keep_bytes: int, seed: int) -> None:
+        self.keep_bytes, self.seed = keep_bytes, seed
+        self.threshold = 2**63
+        """Examples whose hash is below are kept."""
+        self.parts: list[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]] = []
+        self.n_bytes = 0
+        self.d_sae = 0
+        self.seen: set[int] = set()
+
+    def add(self, rows: Rows) -> None:
+        """Keep a batch; where that is too much, half of the examples go."""
+        latents = rows.latents
+        self.d_sae = latents.d_sae
+        ids = rows.example_id.cpu()
+        self.seen.update(np.unique(ids.numpy()).tolist())
+        label = None if rows.label is None else rows.label.cpu()
+        values = latents.values.detach().cpu().float()
+        self._keep(
+            ids,
+            rows.position.cpu(),
+            label,
+            latents.counts.cpu(),
+            latents.indices.cpu().int(),
+            values,
+        )
+        while self.n_bytes > self.keep_bytes and self.threshold > 1:
+            self.threshold //= 2
+            parts, self.parts, self.n_bytes = self.parts, [], 0
+            for part in parts:
+                self._keep(*part)
+
+    def _keep(
+        self,
+        ids: Tensor,
+        position: Tensor,
+        label: Tensor | None,
+        counts: Tensor,
+        indices: Tensor,
+        values: Tensor,
+    ) -> None:
+        kept = torch.from_numpy(hashed(ids.numpy(), self.seed) < np.uint64(self.threshold))
+        if not kept.all():
+            entries = kept.repeat_interleave(counts)
+            ids, position, counts = ids[kept], position[kept], counts[kept]
+            label = None if label is None else label[kept]
+            indices, values = indices[entries], values[entries]
+        self.n_bytes += ENTRY_BYTES * len(indices)
+        self.parts.append((ids, position, label, counts, indices, values))
+
+    def finish(self) -> Codes:
+        """All that was kept; the collector is empty afterwards."""
+        parts, self.parts = self.parts, []
+        if not parts:
+            none = torch.zeros(0, dtype=torch.int64)
+            return Codes(
+                none, none, None, torch.zeros(1, dtype=torch.int64), none.int(), none.float(),
+                self.d_sae,
+            )  # fmt: skip
+        ids, position, label, counts, indices, values = zip(*parts, strict=True)
+        every = torch.cat(counts)
+        labels = None if any(part is None for part in label) else torch.cat(label)
+        example_id = torch.cat(ids)
+        return Codes(
+            example_id, torch.cat(position), labels,
+            torch.cat([every.new_zeros(1), every.cumsum(0)]), torch.cat(indices),
+            torch.cat(values), self.d_sae, len(self.seen) - len(np.unique(example_id.numpy())),
+        )  # fmt: skip
+
+
+def hashed(ids: Ids, seed: int) -> npt.NDArray[np.uint64]:
+    """Numbers below 2^63 that look random, one of each id (SplitMix64's finaliser)."""
+    with np.errstate(over="ignore"):
+        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (z ^ (z >> np.uint64(31))) >> np.uint64(1)

@@ -1,0 +1,60 @@
+"""What models can say in words: a text tower beside images, or tokens that are pieces of text."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_runner.models.base import Inputs
+
+
+class TextTower(ABC):
+    """A model that embeds texts where it embeds images."""
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    """Sentences that stand for a class, with {} for its name."""
+
+    @abstractmethod
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "n d"]:
+        """Text embeddings, not normalised."""
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> float:
+        """Factor on cosine similarities (already exponentiated)."""
+
+    @property
+    @abstractmethod
+    def logit_bias(self) -> float:
+        """Term added to scaled similarities; 0 for models that have none."""
+
+    def class_embeddings(
+        self, names: Sequence[str], templates: Sequence[str] | None = None
+    ) -> Float[Tensor, "n d"]:
+        """Unit embeddings of classes: the mean over templates of unit embeddings, normalised."""
+        templates = self.templates if templates is None else templates
+        texts = [
+            nn.functional.normalize(self.encode_text([t.format(n) for t in templates]), dim=-1)
+            for n in names
+        ]
+        means = torch.stack([text.mean(0) for text in texts])
+        return nn.functional.normalize(means, dim=-1)
+
+
+class ReadsTokens(ABC):
+    """A model of text: its tokens can be shown, and made-up rows of them can be run."""
+
+    @property
+    @abstractmethod
+    def filler(self) -> int:
+        """A token that says nothing, to mask others with: [MASK] of an encoder, else " _"."""
+
+    @abstractmethod
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token, as it would stand in a running text."""
+
+    @abstractmethod
+    def token_rows(self, rows: Sequence[Sequence[int]]) -> Inputs:
+        """A batch of rows of token ids as they are, none added; padded on the right."""
