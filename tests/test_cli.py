@@ -75,7 +75,7 @@ BAD = {
     "empty outputs of ls": (["ls", "outputs="], "outputs=: needs a value"),
     "empty outputs of report": (["report", "outputs="], "report: outputs=: needs a value"),
     "absent outputs": (["ls", "outputs=absent"], "outputs=absent: there is no such folder"),
-    "no evaluation": (["train", "eval=null"], "eval=null: needs its options"),
+    "no evaluation": (["train", "eval=null"], "eval=null: needs one of full, smoke, standard"),
     "no option": (["train", "sae=null"], "sae=null: needs one of "),
     "no option in a sweep": (["train", "-m", "trainer=default,null"], "trainer=null: needs one of default, "),
     "number for published numbers": (
