@@ -177,8 +177,10 @@ def preflight(command: str) -> "list[Job]":
 
 def module_of(command: str) -> Any:
     """The command's module; this is where torch is first imported."""
+    from sae_runner.allocator import keep_pages
     from sae_runner.log import working
 
+    keep_pages()
     with working("starting"):
         return importlib.import_module(f"sae_runner.commands.{command}")
 

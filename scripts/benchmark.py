@@ -38,6 +38,7 @@ from benchmarks import (
 from benchmarks.results import machine, machine_line
 
 from sae_runner import files
+from sae_runner.allocator import keep_pages
 
 WHAT: dict[str, ModuleType] = {
     "step": step, "store": store, "cache": cache, "memory": memory, "eval": evaluating,
@@ -47,6 +48,7 @@ WHAT: dict[str, ModuleType] = {
 
 def main() -> None:
     """Run one subcommand."""
+    keep_pages()  # As in `sae-run`, for whatever is compared.
     options, words = arguments()
     options.overrides = words
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

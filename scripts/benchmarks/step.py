@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--auxk", action="store_true", help="10%% of the latents are dead")
     parser.add_argument("--clip", action="store_true", help="gradients to norm 1, on all sides")
     parser.add_argument("--unit", action="store_true", help="decoder rows of norm 1, on all sides")
-    parser.add_argument("--keep-pages", action="store_true", help="glibc gives no memory back")
+    parser.add_argument(
+        "--give-back", action="store_true",
+        help="the allocator gives freed memory back, on all sides; `sae-run` lets it keep it",
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
 
 
@@ -118,7 +121,7 @@ def run_shape(one: tuple[int, ...], options: argparse.Namespace) -> Result:
     with contextlib.ExitStack() as stack:
         visited = {
             name: stack.enter_context(
-                Visited("step_sides", {**asked, "side": name}, keep_pages=options.keep_pages)
+                Visited("step_sides", {**asked, "side": name}, keeps=not options.give_back)
             )
             for name in names
         }

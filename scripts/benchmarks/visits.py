@@ -14,8 +14,6 @@ from types import TracebackType
 from typing import Any
 
 SCRIPTS = Path(__file__).parents[1]
-KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""Settings with which glibc gives no memory back, so that large tensors cost no page faults."""
 
 
 class Visited:
@@ -24,17 +22,20 @@ class Visited:
     Args:
         module: of this package; its `prepare` is called in the process.
         options: what `prepare` is given; must go through JSON.
-        keep_pages: whether the allocator keeps what it once had.
+        keeps: whether the allocator keeps what it once had, as it does in `sae-run`.
     """
 
-    def __init__(self, module: str, options: dict[str, Any], *, keep_pages: bool = False) -> None:
+    def __init__(self, module: str, options: dict[str, Any], *, keeps: bool = True) -> None:
         found = [str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
         self.name = f"{module} {json.dumps(options)}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.visits", module, json.dumps(options)],
+            [
+                sys.executable, "-m", "benchmarks.visits", module, json.dumps(options),
+                *(["keeps"] if keeps else []),
+            ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment | (KEPT_PAGES if keep_pages else {}),
+            env=environment,
         )  # fmt: skip
         self._answer()  # That it is ready: one at a time is.
 
@@ -78,4 +79,8 @@ def wait_for_visits(prepare: Callable[[dict[str, Any]], Callable[[], Any]], opti
 if __name__ == "__main__":
     import importlib
 
+    from sae_runner.allocator import keep_pages
+
+    if "keeps" in sys.argv:
+        keep_pages()
     wait_for_visits(importlib.import_module(f"benchmarks.{sys.argv[1]}").prepare, sys.argv[2])
