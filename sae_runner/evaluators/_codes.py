@@ -39,6 +39,23 @@ class Peaks(NamedTuple):
     """Of the token where it is strongest; the first of equals."""
 
 
+class FiringOfMany(NamedTuple):
+    """`Firing` of several latents, one latent after another."""
+
+    latent: Int64[Tensor, " m"]
+    row: Int64[Tensor, " m"]
+    value: Float32[Tensor, " m"]
+
+
+class PeaksOfMany(NamedTuple):
+    """`Peaks` of several latents, one latent after another."""
+
+    latent: Int64[Tensor, " m"]
+    slot: Int64[Tensor, " m"]
+    value: Float32[Tensor, " m"]
+    position: Int64[Tensor, " m"]
+
+
 class Codes:
     """Sparse latents of whole examples; rows by example id, then by position.
 
@@ -127,19 +144,30 @@ class Codes:
 
     def firing(self, latent: int) -> Firing:
         """The rows in which a latent is active."""
+        return Firing(*self.firing_between(latent, latent + 1)[1:])
+
+    def firing_between(self, begin: int, end: int) -> FiringOfMany:
+        """The rows in which the latents from `begin` to `end`, not included, are active."""
         starts, order = self._by_latent
-        entries = order[int(starts[latent]) : int(starts[latent + 1])]
-        return Firing(self.entry_row[entries].long(), self.values[entries])
+        entries = order[int(starts[begin]) : int(starts[end])]
+        latent = torch.arange(begin, end).repeat_interleave(starts[begin : end + 1].diff())
+        return FiringOfMany(latent, self.entry_row[entries].long(), self.values[entries])
 
     def peaks(self, latent: int) -> Peaks:
         """The examples in which a latent is active, and its strongest activation in each."""
-        row, value = self.firing(latent)
-        slots, group = torch.unique_consecutive(self.slot[row], return_inverse=True)
-        best = torch.full((len(slots),), -torch.inf).scatter_reduce_(0, group, value, "amax")
+        return Peaks(*self.peaks_between(latent, latent + 1)[1:])
+
+    def peaks_between(self, begin: int, end: int) -> PeaksOfMany:
+        """The peaks of the latents from `begin` to `end`, which is not included."""
+        latent, row, value = self.firing_between(begin, end)
+        pair = latent * self.n_examples + self.slot[row]
+        pairs, group = torch.unique_consecutive(pair, return_inverse=True)
+        best = torch.full((len(pairs),), -torch.inf).scatter_reduce_(0, group, value, "amax")
         # Rows are in order of position: the first that holds the maximum is the one.
         place = torch.where(value == best[group], torch.arange(len(row)), len(row))
-        first = torch.full((len(slots),), len(row)).scatter_reduce_(0, group, place, "amin")
-        return Peaks(slots, best, self.position[row[first]])
+        first = torch.full((len(pairs),), len(row)).scatter_reduce_(0, group, place, "amin")
+        chosen = row[first]
+        return PeaksOfMany(latent[first], self.slot[chosen], best, self.position[chosen])
 
     def activations(self, latent: int, slot: int) -> tuple[Tensor, Tensor]:
         """Positions of an example's rows, and a latent's activation at each (0 where inactive)."""
