@@ -115,6 +115,18 @@ class TokenSelection:
         if n and self.tokens == "random_k" and self.k > n:
             raise ConfigError(f"site.k={self.k}: {has}")
 
+    def check_replaceable(self, what: str) -> None:
+        """Refuse a selection whose rows `what` cannot put back into the model.
+
+        Raises:
+            ConfigError: rows are averages of tokens.
+        """
+        if self.tokens == "mean":
+            raise ConfigError(
+                "site.tokens=mean: an average of tokens cannot be put back into the model, as "
+                f"{what} does; use all"
+            )
+
     @property
     def rows_asked(self) -> int:
         """How many rows each example is asked for by number; 0 where its length decides."""

@@ -21,7 +21,7 @@ class Run(NamedTuple):
 
     output: Tensor
     sites: dict[str, Float[Tensor, "n t d"]]
-    """What was watched, by name."""
+    """The site that is spliced and what was watched, by name."""
 
 
 def run(
@@ -34,8 +34,7 @@ def run(
 ) -> Run:
     """Run the model, or what comes after `site` when that holds `x`: output and watched sites.
 
-    As it is (no `x`), the site itself is among what is seen. The model stays in its own precision
-    under autocast.
+    The site itself is among what is seen. The model stays in its own precision under autocast.
     """
     seen: dict[str, Tensor] = {}
 
@@ -49,7 +48,8 @@ def run(
     later = {info.name: look(info.name) for info in watched}
     with torch.autocast(model.device.type, enabled=False):
         if x is not None:
-            return Run(model.resume_from(site.name, x, inputs, later), seen)
+            output = model.resume_from(site.name, x, inputs, later)
+            return Run(output, {site.name: x, **seen})
         return Run(model.splice(inputs, {site.name: look(site.name), **later}), seen)
 
 

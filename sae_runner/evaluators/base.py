@@ -56,7 +56,7 @@ class Spliced(NamedTuple):
     """The tokens of the site that are replaced: those that the SAE was trained on."""
     clean: Run
     run: Run
-    """Watched sites are recorded for `recon` alone, in `clean` too."""
+    """Watched sites are recorded for `recon` alone, in `clean` too; the site itself always."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from sae_runner.data.base import Dataset, Example
 from sae_runner.errors import ConfigError, DataError
 from sae_runner.models._artefact import chunks_of
 from sae_runner.models._contrastive import Pairs
+from sae_runner.models._text import spoken
 from sae_runner.models.base import Inputs
 
 
@@ -61,11 +62,6 @@ def texts_of(example: Example, dataset: Dataset, templates: Sequence[str]) -> li
             "dataset.caption_column"
         )
     return [template.format(spoken(dataset.label_names[example.label])) for template in templates]
-
-
-def spoken(name: str) -> str:
-    """A label's name as one says it."""
-    return name.replace("_", " ")
 
 
 def to_bytes(pixels: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sae_runner.errors import ConfigError
 from sae_runner.models.base import Inputs
 
 
@@ -58,3 +59,21 @@ class ReadsTokens(ABC):
     @abstractmethod
     def token_rows(self, rows: Sequence[Sequence[int]]) -> Inputs:
         """A batch of rows of token ids as they are, none added; padded on the right."""
+
+
+def spoken(name: str) -> str:
+    """A label's name as one says it."""
+    return name.replace("_", " ")
+
+
+def check_templates(templates: Sequence[str], key: str) -> None:
+    """Refuse sentences that a label's name cannot be put into; `key` holds them."""
+    if not templates:
+        raise ConfigError(f"{key}=[]: give at least one sentence with {{}} for the label")
+    for template in templates:
+        try:
+            complete = template.format("\0").count("\0") > 0
+        except (IndexError, KeyError, ValueError):
+            complete = False
+        if not complete:
+            raise ConfigError(f"{key}={template}: needs one {{}}, for the label's name")

@@ -99,6 +99,8 @@ class Model(ABC):
     output: Output = "features"
     """What `splice` gives: logits of trained weights, [n, t, vocab] or [n, classes], or anything
     else (embeddings, hidden states, rows), which is no distribution."""
+    causal: bool = True
+    """Whether token logits are of the next token; False for an encoder, which fills in masks."""
 
     @abstractmethod
     def sites(self) -> dict[str, SiteInfo]:

@@ -29,8 +29,9 @@ from sae_runner.models._artefact import (
     trained,
 )
 from sae_runner.models._contrastive import Recipe, WordTokenizer, train
-from sae_runner.models._image_pairs import pairs_of, spoken, to_normal
+from sae_runner.models._image_pairs import pairs_of, to_normal
 from sae_runner.models._open_clip_weights import quiet
+from sae_runner.models._text import check_templates, spoken
 from sae_runner.models.base import HookedModel
 from sae_runner.models.open_clip import OpenCLIP
 
@@ -127,7 +128,7 @@ class TinyCLIP(OpenCLIP):
                 "heads": text_heads,
             },
         }  # fmt: skip
-        check_templates(templates)
+        check_templates(templates, "model.templates")
         check_shape(image_size, patch_size, (width, heads), (text_width, text_heads))
         recipe = Recipe(
             epochs, train_batch, learning_rate, weight_decay, warmup, shift, flip, seed
@@ -265,19 +266,6 @@ def check_shape(
     for key, (width, heads) in (("", image), ("text_", text)):
         if width % heads:
             raise ConfigError(f"model.{key}heads={heads}: does not divide model.{key}width={width}")
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Refuse sentences that a label's name cannot be put into."""
-    if not templates:
-        raise ConfigError("model.templates=[]: give at least one sentence with {} for the label")
-    for template in templates:
-        try:
-            complete = template.format("\0").count("\0") > 0
-        except (IndexError, KeyError, ValueError):
-            complete = False
-        if not complete:
-            raise ConfigError(f"model.templates={template}: needs one {{}}, for the label's name")
 
 
 def images_of(dataset: Dataset | None) -> Dataset:

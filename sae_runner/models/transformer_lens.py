@@ -54,7 +54,7 @@ class TextHost(HookedModel, ReadsTokens):
         self.device = torch.device("meta") if first.is_meta else torch.device(device)
         self.network: nn.Module = loaded.network.to(self.device)
         self.block_paths = loaded.layout.block_paths
-        self.has_cls = loaded.encoder
+        self.has_cls, self.causal = loaded.encoder, not loaded.encoder
         self.has_trained_head = loaded.has_trained_head
         self.output = "token_logits" if loaded.has_trained_head else "features"
         self._by_name = dict(self.network.named_modules())

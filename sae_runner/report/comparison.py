@@ -18,7 +18,8 @@ OUTSIDE = ("device", "outputs", "force", "run_name", "run_dir", "logger", "name"
 
 HIGHER_IS_BETTER = re.compile(
     r".*\.(explained_variance|cosine|alive_frac|mmcs|f1|precision|recall|hungarian"
-    r"|fraction_recovered|kl_score|.*recovered|.*accuracy|.*auc)[^.]*$"
+    r"|fraction_recovered|kl_score|.*recovered|.*accuracy|(top1_)?acc5?_|.*agreement|embed_cos"
+    r"|.*auc)[^.]*$"
 )
 
 

@@ -5,13 +5,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from host_fixtures import SITE, VOCAB, Host
 from torch import Tensor
 
 from sae_runner.config import preset
+from sae_runner.data.base import Dataset
 from sae_runner.evaluators import EVALUATORS
-from sae_runner.evaluators.base import EvalContext, Findings, Rows
+from sae_runner.evaluators._shared_pass import InputPass
+from sae_runner.evaluators._shared_pass import measure as run_passes
+from sae_runner.evaluators.base import EvalContext, Findings, Rows, Setting
+from sae_runner.models.base import Inputs
 from sae_runner.report.schema import EVAL_SCHEMA, check_envelope
-from sae_runner.saes.base import SAE, ActivationStats, Common, Latents, Loss, TrainState
+from sae_runner.saes.base import SAE, ActivationStats, Common, Latents, Loss, SAEOutput, TrainState
+from sae_runner.site import TokenSelection
 
 Measure = Callable[..., Findings]
 
@@ -108,3 +114,83 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
         return findings
 
     return run
+
+
+class Mapped(Given):
+    """An SAE whose reconstruction is a given function of x; no latent is ever active."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], d: int) -> None:
+        super().__init__(torch.ones(1, d), 1.0)
+        self.change = change
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        return SAEOutput(self.change(x), Latents.from_dense(x.new_zeros(len(x), 1)))
+
+
+class Labels(Dataset):
+    """Examples that a test makes itself, of the classes named here."""
+
+    modality = "text"
+    name = "made_up"
+
+    def __init__(self, label_names: tuple[str, ...] | None = None) -> None:
+        self.label_names = label_names
+
+    def ids(self, split: Any) -> Any:
+        raise NotImplementedError
+
+    load = fingerprint = ids  # type: ignore[assignment]
+
+
+@pytest.fixture
+def measure_spliced(host: Host, selection: TokenSelection) -> Measure:
+    """Findings of an evaluator of splices on a host, for an SAE or a function in its place."""
+
+    def run(
+        cfg: dict[str, Any],
+        sae: SAE | Callable[[Tensor], Tensor],
+        batches: list[Inputs],
+        *,
+        host: Host = host,
+        site: str = SITE,
+        selection: TokenSelection = selection,
+        dataset: Dataset | None = None,
+        mean: float = 0.25,
+        seed: int = 0,
+    ) -> Findings:
+        evaluator, info = EVALUATORS.build(cfg), host.sites()[site]
+        setting = Setting(dataset or Labels(), lambda: host, info, selection)
+        if not isinstance(sae, SAE):
+            sae = Mapped(sae, info.d)
+        evaluator.check(setting)
+        with torch.no_grad():
+            n_tokens = [host.record(b, [site])[site].shape[1] for b in batches]
+        masks = [selection.mask(info, b, n) for b, n in zip(batches, n_tokens, strict=True)]
+        rows = [b.ids[mask.any(1)] for b, mask in zip(batches, masks, strict=True)]
+        ids = np.unique(torch.cat(rows).numpy())
+        context = EvalContext(sae, len(ids), ids, seed, setting=setting, model=lambda: host)
+        found: list[Findings] = []
+        average = torch.full((info.d,), mean, dtype=torch.float64)
+        taken = InputPass(lambda: host, lambda: batches, len(ids), average)
+
+        def keep(_: str, findings: Findings, __: dict[str, Any]) -> None:
+            found.append(findings)
+
+        failures = run_passes({"it": evaluator}, [], context, keep, inputs=taken)
+        for error in failures.values():
+            raise error
+        assert_publishable(found[0])
+        return found[0]
+
+    return run
+
+
+@pytest.fixture
+def make_labels() -> type[Labels]:
+    return Labels
+
+
+@pytest.fixture
+def labels_of_names() -> Labels:
+    """As many classes as the host has logits."""
+    return Labels(tuple(f"class_{i}" for i in range(VOCAB)))

@@ -604,7 +604,7 @@ def test_too_little_text_for_a_row_is_refused(folders, tmp_path):
 def test_only_trained_heads_are_run(minilm, decoders, tmp_path):
     assert not minilm.has_trained_head and minilm.describe()["head"] == "none"
     assert minilm.forward(batch(minilm)).shape == (3, 17, 384)
-    assert decoders["gpt2"].describe()["head"] == "trained"
+    assert decoders["gpt2"].describe()["head"] == "trained" and decoders["gpt2"].causal
     assert decoders["gpt2"].forward(batch(decoders["gpt2"])).shape[2] == 257
     assert not any("cls" in name for name, _ in minilm.network.named_parameters())
 
@@ -622,7 +622,7 @@ def test_an_encoder_with_a_trained_head_gives_logits(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(Path(locate(OPTIONS["weights"])) / name, tmp_path / "mlm")
     model = build(tmp_path, weights=str(tmp_path / "mlm"), context=16)
-    assert model.has_trained_head
+    assert model.has_trained_head and not model.causal
     assert model.forward(batch(model)).shape == (3, 16, 30522)
     assert model.sites()["blocks.2.resid_post"].d == 32
 

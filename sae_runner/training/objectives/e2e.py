@@ -85,11 +85,7 @@ class EndToEnd(Objective):
             raise ConfigError(
                 f"trainer/objective=e2e: sae={self.sae.kind}: {self.sae.end_to_end_refused}"
             )
-        if self.selection.tokens == "mean":
-            raise ConfigError(
-                "site.tokens=mean: an average of tokens cannot be put back into the model, as "
-                "trainer/objective=e2e does; use all"
-            )
+        self.selection.check_replaceable("trainer/objective=e2e")
         coefficients = (
             self.kl_coefficient, self.downstream_coefficient, self.reconstruction_coefficient
         )  # fmt: skip
