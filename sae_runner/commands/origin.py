@@ -3,6 +3,7 @@
 from typing import Any
 
 from sae_runner.commands.pipeline import Pipeline
+from sae_runner.store.manifest import n_missing
 from sae_runner.store.reader import Activations, ActivationStore
 
 
@@ -12,6 +13,11 @@ def origin(pipeline: Pipeline, store: Activations) -> dict[str, Any]:
         source = store.source
         n_bad = source["dataset"].get("n_unreadable", 0) + len(store.manifest["unreadable"])
         model, dataset = source["model"], {**source["dataset"], "n_unreadable": n_bad}
+        n = n_missing(
+            pipeline.selection.rows_asked, store.manifest["splits"],
+            len(store.manifest["unreadable"]),
+        )  # fmt: skip
+        dataset |= {"n_missing_rows": n} if n else {}
         where = str(store.folder)
     else:
         model = {"name": pipeline.choices["model"], "fingerprint": pipeline.model.fingerprint(),

@@ -167,6 +167,8 @@ def warnings_of(facts: Mapping[str, Any]) -> list[str]:
         found.append("MODEL WEIGHTS ARE RANDOM: these numbers say nothing about a trained model")
     if n := facts["dataset"].get("n_unreadable"):
         found.append(f"unreadable examples, left out of the data: {n:,}")
+    if n := facts["dataset"].get("n_missing_rows"):
+        found.append(f"rows that are not there, where an example has fewer tokens: {n:,}")
     return found
 
 

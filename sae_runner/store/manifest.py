@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sae_runner.data.base import Split
 from sae_runner.errors import StoreError
 from sae_runner.models.base import SiteInfo
 from sae_runner.site import TokenSelection
@@ -94,3 +95,9 @@ def check_same_source(path: Path, store: Mapping[str, Any], model: str, data: st
             raise StoreError(
                 f"{path} was written from other {what} ({found[:12]}, now {wanted[:12]}): {REMEDY}"
             )
+
+
+def n_missing(asked: int, splits: Mapping[Split, Mapping[str, Any]], n_unreadable: int) -> int:
+    """Rows that shorter examples did not give, where each was asked for so many (0: for all)."""
+    n_examples = sum(int(split["n_examples"]) for split in splits.values()) - n_unreadable
+    return max(0, n_examples * asked - sum(int(split["n_rows"]) for split in splits.values()))

@@ -27,6 +27,7 @@ from sae_runner.store.manifest import (
     STORE_SCHEMA,
     check_same_source,
     is_complete,
+    n_missing,
     read_json,
     records_dir,
     selection_dir,
@@ -234,11 +235,9 @@ def _say_missing(
     info: SiteInfo, selection: TokenSelection, splits: Mapping[Split, dict[str, Any]], n_bad: int
 ) -> None:
     """Count the rows that shorter examples did not give, where each was asked for so many."""
-    asked = selection.rows_asked
-    n_examples = sum(split["n_examples"] for split in splits.values()) - n_bad
-    n_missing = n_examples * asked - sum(split["n_rows"] for split in splits.values())
-    if asked and n_missing > 0:
+    if n := n_missing(selection.rows_asked, splits, n_bad):
         log.warning(
             "site.tokens=%s: %s of %s rows of %s are not there, where an example has fewer tokens",
-            selection.tokens, f"{n_missing:,}", f"{n_examples * asked:,}", info.name,
+            selection.tokens, f"{n:,}",
+            f"{n + sum(split['n_rows'] for split in splits.values()):,}", info.name,
         )  # fmt: skip

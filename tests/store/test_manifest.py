@@ -9,6 +9,7 @@ from sae_runner.store.manifest import (
     SELECTION_SCHEMA,
     check_same_source,
     is_complete,
+    n_missing,
     read_json,
     records_dir,
     selection_dir,
@@ -84,3 +85,9 @@ def test_rows_of_other_weights_or_data_are_not_added(tmp_path, world):
     world.dataset.fingerprint = lambda: "c" * 64
     with pytest.raises(StoreError, match="written from other data"):
         world.write("blocks.0.resid_post")
+
+
+@pytest.mark.parametrize(("asked", "n_unreadable", "expected"), [(3, 0, 4), (3, 1, 1), (0, 0, 0)])
+def test_rows_that_short_examples_did_not_give_are_counted(asked, n_unreadable, expected):
+    splits = {"train": {"n_examples": 8, "n_rows": 21}, "heldout": {"n_examples": 2, "n_rows": 5}}
+    assert n_missing(asked, splits, n_unreadable) == expected
