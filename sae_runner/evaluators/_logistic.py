@@ -1,0 +1,205 @@
+"""Logistic probes: thousands on one number each, all at once, and one on all numbers.
+
+A probe on one number z is p = σ(w z + b), found by Newton's method from w = b = 0 on
+
+    mean of −y ln p − (1 − y) ln(1 − p)  +  ridge · w² / 2        (nats; z at sd 1 on the train set)
+
+with the step halved while that rises. The zeros of a sparse column share one p, so that a step
+costs what the non-zero entries do. A column of sd below 1e-8 is constant: its probe is the base
+rate alone.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from scipy.special import expit
+
+Values = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.bool_]
+N_STEPS, N_HALVINGS = 25, 20
+GRADIENT = 1e-7
+LEAST_SD = 1e-8
+
+
+class Singles(NamedTuple):
+    """One probe for each column, in the units of the column."""
+
+    w: Values
+    b: Values
+    loss: Values
+    """Mean loss on the train set, without the ridge."""
+    constant: npt.NDArray[np.bool_]
+
+
+def bce(logit: Values, y: Labels) -> float:
+    """Mean binary cross-entropy in nats."""
+    return float(np.mean(np.logaddexp(0, logit) - y * logit))
+
+
+def entropy(y: Labels) -> float:
+    """H(mean of y) in nats: the loss of knowing nothing but the base rate."""
+    p = float(np.mean(y))
+    return float(-sum(q * np.log(q) for q in (p, 1 - p) if q > 0))
+
+
+def fit_singles(columns: Any, y: Labels, ridge: float) -> Singles:
+    """A probe on every column of a SciPy array or of a dense one.
+
+    Args:
+        columns: [n, m].
+        y: [n], of both classes.
+        ridge: on the squared weight of the standardised column.
+    """
+    x = sparse.csc_array(columns)
+    n, m = x.shape
+    base = float(np.log(y.mean() / (1 - y.mean())))
+    mean = np.asarray(x.sum(0)) / n
+    of_entry = np.repeat(np.arange(m), np.diff(x.indptr))
+    squares = np.bincount(of_entry, (x.data - mean[of_entry]) ** 2, m)
+    sd = np.sqrt((squares + (n - np.diff(x.indptr)) * mean**2) / n)
+    varied = (sd >= LEAST_SD).nonzero()[0]
+    found = Singles(np.zeros(m), np.full(m, base), np.full(m, entropy(y)), sd < LEAST_SD)
+    if len(varied):
+        standard = _Standardised(x[:, varied], mean[varied], sd[varied], y)
+        w, b, loss = _newton(standard, ridge)
+        found.w[varied] = w / sd[varied]
+        found.b[varied] = b - w * mean[varied] / sd[varied]
+        found.loss[varied] = loss
+    return found
+
+
+class _Standardised:
+    """Columns at mean 0 and sd 1: their entries, and what all of their zeros have become."""
+
+    def __init__(self, x: Any, mean: Values, sd: Values, y: Labels) -> None:
+        self.n, self.m = x.shape
+        counts = np.diff(x.indptr)
+        self.column, self.starts = np.repeat(np.arange(self.m), counts), x.indptr[:-1]
+        self.z, self.y = (x.data - mean[self.column]) / sd[self.column], y[x.indices]
+        self.zero = -mean / sd
+        self.n_zero = self.n - counts
+        self.n_zero_true = int(y.sum()) - self._sums(self.y.astype(np.float64))
+
+    def _sums(self, values: Values) -> Values:
+        # Every column has an entry: one without any would be constant.
+        return np.asarray(np.add.reduceat(values, self.starts))
+
+    def loss(self, w: Values, b: Values) -> Values:
+        """Mean cross-entropy of each column."""
+        u, zero = w[self.column] * self.z + b[self.column], w * self.zero + b
+        total = self._sums(np.logaddexp(0, u) - self.y * u)
+        total += self.n_zero * np.logaddexp(0, zero) - self.n_zero_true * zero
+        return np.asarray(total / self.n)
+
+    def derivatives(self, w: Values, b: Values) -> tuple[Values, ...]:
+        """Of the mean loss: by w, by b, twice by w, by both, twice by b."""
+        p, zero = expit(w[self.column] * self.z + b[self.column]), expit(w * self.zero + b)
+        off, zero_off = p - self.y, self.n_zero * zero - self.n_zero_true
+        curve, zero_curve = p * (1 - p), self.n_zero * zero * (1 - zero)
+        sums = (
+            self._sums(off * self.z) + zero_off * self.zero,
+            self._sums(off) + zero_off,
+            self._sums(curve * self.z**2) + zero_curve * self.zero**2,
+            self._sums(curve * self.z) + zero_curve * self.zero,
+            self._sums(curve) + zero_curve,
+        )
+        return tuple(total / self.n for total in sums)
+
+
+def _newton(x: _Standardised, ridge: float) -> tuple[Values, Values, Values]:
+    w, b = np.zeros(x.m), np.zeros(x.m)
+    loss = x.loss(w, b)
+    for _ in range(N_STEPS):
+        by_w, by_b, ww, wb, bb = x.derivatives(w, b)
+        by_w, ww, bb = by_w + ridge * w, ww + ridge + 1e-9, bb + 1e-9
+        if max(np.abs(by_w).max(), np.abs(by_b).max()) < GRADIENT:
+            break
+        determinant = ww * bb - wb**2
+        step = (bb * by_w - wb * by_b) / determinant, (ww * by_b - wb * by_w) / determinant
+        size, objective = np.ones(x.m), loss + ridge * w**2 / 2
+        for _ in range(N_HALVINGS + 1):
+            new_w, new_b = w - size * step[0], b - size * step[1]
+            loss = x.loss(new_w, new_b)
+            rises = loss + ridge * new_w**2 / 2 > objective + 1e-13
+            if not rises.any():
+                break
+            size[rises] /= 2
+        w, b = new_w, new_b
+    return w, b, loss
+
+
+class Full(NamedTuple):
+    """A logistic regression on all columns."""
+
+    logit: Values
+    """Of the test examples."""
+    strength: float
+    """Its C, the inverse of the ridge."""
+    converged: bool
+
+
+def fit_full(
+    train: Any, y: Labels, test: Any, *, strengths: Sequence[float], n_folds: int, seed: int
+) -> Full:
+    """L2-regularised logistic regression; C has the least loss over folds of the train set.
+
+    Columns are divided by their sd on the train set; dense ones are centred first.
+
+    Args:
+        train: [n, m], dense or a SciPy array.
+        y: [n].
+        test: [n_test, m].
+        strengths: values of C to choose from.
+        n_folds: as many at most; fewer where a class is smaller.
+        seed: draws the folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler(with_mean=not sparse.issparse(train))
+    train, test = scaler.fit_transform(train), scaler.transform(test)
+    ordered, converged = sorted(strengths), True
+    best = ordered[0]
+    n_folds = min(n_folds, int(y.sum()), int((~y).sum()))
+    if len(ordered) > 1 and n_folds > 1:
+        losses = np.zeros(len(ordered))
+        folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+        for fit, check in folds.split(np.zeros(len(y)), y):
+            models = _path(train[fit], y[fit], train[check], ordered)
+            losses += [bce(logit, y[check]) for logit, _ in models]
+        best = ordered[int(losses.argmin())]
+    (logit, converged), *_ = _path(train, y, test, [best])
+    return Full(logit, best, converged)
+
+
+def _path(
+    train: Any, y: Labels, test: Any, strengths: Sequence[float]
+) -> list[tuple[Values, bool]]:
+    """Logits of the test examples for each C, ascending; each fit begins where the last ended."""
+    from sklearn.linear_model import LogisticRegression
+
+    model, found = LogisticRegression(max_iter=1000, warm_start=True), []
+    for strength in strengths:
+        model.set_params(C=strength)
+        found.append(_decided(model, train, y, test))
+    return found
+
+
+def fit_few(train: Values, y: Labels, test: Values) -> Values:
+    """Logits of the test examples by `LogisticRegression(C=1, max_iter=1000)`, as SAEBench's."""
+    from sklearn.linear_model import LogisticRegression
+
+    return _decided(LogisticRegression(C=1.0, max_iter=1000), train, y, test)[0]
+
+
+def _decided(model: Any, train: Any, y: Labels, test: Any) -> tuple[Values, bool]:
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # It is in what comes back.
+        model.fit(train, y)
+    return np.asarray(model.decision_function(test)), bool(model.n_iter_.max() < model.max_iter)
