@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_runner.report.comparison import ABSENT, Comparison
 from sae_runner.report.runs import Run, flat
+from sae_runner.report.sections import Section
 from sae_runner.report.table import (
     EXPECTED_HEADS,
     MISSING,
@@ -32,6 +33,7 @@ def page(
     left_out: Sequence[str],
     pareto: Path | None,
     figures: Mapping[int, Sequence[Path]],
+    compared: Sequence[Section] = (),
 ) -> str:
     """The whole page; `figures` are SVG files of the runs by their place in the comparison."""
     remarks = [*comparison.remarks, *left_out]
@@ -42,6 +44,7 @@ def page(
         "Read before comparing": listing(remarks, "remarks") if remarks else "",
         "Trade-off": image,
         "Published against measured": verdict_table(judged) if judged else "",
+        **{section.title: compared_section(section) for section in compared},
         "Config": config_section(comparison),
         "Runs": "".join(
             run_section(run, i, figures.get(i, [])) for i, run in enumerate(comparison.runs)
@@ -138,6 +141,20 @@ def verdict_table(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     )
     return plain_table(EXPECTED_HEADS, body)
+
+
+def compared_section(section: Section) -> str:
+    """A comparison of runs or metrics: what it is, its figure, its table, what to know of it."""
+    text = f'<p class="soft">{escape(section.about)}</p>'
+    if section.figure:
+        text += embedded(section.figure, section.title)
+    if section.rows:
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
+            for row in section.rows
+        )
+        text += plain_table(section.heads, body)
+    return text + (listing(section.notes) if section.notes else "")
 
 
 def plain_table(heads: Sequence[str], body: str) -> str:

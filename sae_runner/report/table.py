@@ -6,10 +6,13 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_runner.report.comparison import ABSENT, Comparison
 from sae_runner.report.expected import interval
+
+if TYPE_CHECKING:
+    from sae_runner.report.sections import Section
 
 MISSING = "—"
 """Not measured, or no key of this config. What could not be computed is `null`."""
@@ -211,8 +214,13 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown(comparison: Comparison, left_out: Sequence[str], figure: str | None) -> str:
-    """report.md: table, remarks, published numbers, config keys, the Pareto figure."""
+def markdown(
+    comparison: Comparison,
+    left_out: Sequence[str],
+    figure: str | None,
+    sections: "Sequence[Section]" = (),
+) -> str:
+    """report.md: table, remarks, published numbers, comparisons, config keys, the Pareto figure."""
     columns = columns_of(comparison)
     rows = list(zip(*[column.cells for column in columns], strict=True))
     text = ["# Comparison of SAE runs", markdown_table([c.name for c in columns], rows)]
@@ -226,6 +234,14 @@ def markdown(comparison: Comparison, left_out: Sequence[str], figure: str | None
         text += ["## Published against measured", markdown_table(EXPECTED_HEADS, judged)]
     if figure:
         text += ["## Trade-off", f"![{comparison.y} against {comparison.x}]({figure})"]
+    for section in sections:
+        text += [f"## {section.title}", escaped(section.about)]
+        if section.figure:
+            text.append(f"![{section.title}](figures/{section.figure.stem}.png)")
+        if section.rows:
+            text.append(markdown_table(section.heads, section.rows))
+        if section.notes:
+            text.append("\n".join(f"- {escaped(note)}" for note in section.notes))
     shown = comparison.telling
     others = {
         "Differs with the kind of SAE": [

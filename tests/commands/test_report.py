@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import runpy
@@ -188,6 +189,47 @@ def test_a_terminal_gets_a_table_that_fits(
     assert "…dataset/that/takes/room" in lines[2]
     assert "no room here for density.dead_frac: see the page, or table.csv" in lines
     assert max(map(len, lines[:5])) <= 100
+
+
+def test_rank_correlations_of_metrics_are_in_every_file_and_need_no_torch(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    for i in range(12):
+        values = {"sparsity.l0": float(i), "reconstruction.fvu": 1 / (i + 1), "sparsity.l1": 2.0}
+        make_run(f"run-{i:02}", metrics=values, ci={})
+    changes = {"compare": ["proxy"], "metrics": ["sparsity.*", "reconstruction.fvu"]}
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from sae_runner.commands.job import Job\n"
+        "from sae_runner.commands.report import main\n"
+        f"main(Job({job(tmp_path, **changes).cfg!r}, {{}}, []))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = Path(done.stdout.split()[-1]).parent
+    proxy = json.loads((out / "comparisons.json").read_text())["proxy"]
+    found = {(record["x"], record["y"]): record for record in proxy["found"]}
+    assert found["sparsity.l0", "reconstruction.fvu"]["rho"] == -1
+    assert found["sparsity.l0", "sparsity.l1"]["note"] == "constant: sparsity.l1"
+    row = "all runs,sparsity.l0,reconstruction.fvu,-1.0,-1.0,-1.0,12,"
+    assert row in (out / "proxy.csv").read_text().splitlines()
+    assert "![Which metric goes with which](figures/proxy.png)" in (out / "report.md").read_text()
+    assert (out / "figures" / "proxy.png").is_file()
+    page = (out / "report.html").read_text()
+    assert (
+        page.count("data:image/svg+xml;base64,") == 2
+        and "constant: sparsity.l0_p05, sparsity.l1" in page
+    )
+
+
+def test_metrics_of_runs_that_are_not_comparable_are_correlated_with_a_warning(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(10):
+        make_run(f"run-{i}", metrics={"sparsity.l0": float(i)}, ci={},
+                 fingerprints={"dataset": "c" * 64} if i > 6 else {})  # fmt: skip
+    main(job(tmp_path, compare="proxy"))
+    assert "! the runs are of groups A, B, which are not comparable" in capsys.readouterr().out
 
 
 def test_no_torch_is_needed(make_run: MakeRun, tmp_path: Path) -> None:

@@ -1,0 +1,303 @@
+"""What compares runs two by two: which of them can be, and the weights and latents it takes."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from sae_runner.checkpoint import load_sae, read_facts
+from sae_runner.errors import ConfigError, InputError, StoreError
+from sae_runner.evaluators._codes import Codes, CodesCollector, hashed
+from sae_runner.evaluators.base import Rows
+from sae_runner.log import Progress
+from sae_runner.report.comparison import Comparison, config_differences
+from sae_runner.report.firing import firing
+from sae_runner.report.options import FiringOptions, SimilarityOptions
+from sae_runner.report.runs import Run
+from sae_runner.report.similarity import Directions, similarity
+from sae_runner.saes.base import SAE
+from sae_runner.site import layout_key
+from sae_runner.store.reader import ActivationStore
+
+Record = dict[str, Any]
+ALL_ALIVE = "{} has no column n_fired (evaluator density): all its latents count as alive"
+UNBOUNDED = 2**62
+
+
+class Member(NamedTuple):
+    """One run that takes part, by its number in the table (from 1)."""
+
+    number: int
+    run: Run
+    folder: Path
+    """The checkpoint that its report is of."""
+    facts: dict[str, Any]
+
+
+def members_of(comparison: Comparison) -> tuple[list[Member], list[str]]:
+    """The runs whose checkpoint is sound and the one that was measured, and why others are not."""
+    found, left_out = [], []
+    for number, run in enumerate(comparison.runs, 1):
+        folder = run.path / "checkpoints" / str(run.report["run"]["checkpoint"])
+        try:
+            facts = read_facts(folder)
+            if facts["sha256"]["sae.safetensors"] != run.report["fingerprints"]["sae"]:
+                raise StoreError(f"{folder} is not what its report was measured on")
+        except StoreError as error:
+            left_out.append(f"left out, #{number}: {error}")
+            continue
+        found.append(Member(number, run, folder, facts))
+    return found, left_out
+
+
+class Space(NamedTuple):
+    """Where directions live: two dictionaries are comparable in the same one alone."""
+
+    model: str
+    site: str
+    target: str | None
+    d_in: int
+    d_out: int
+
+    def __str__(self) -> str:
+        target = f" → {self.target}" if self.target else ""
+        return f"model {self.model[:12]}, {self.site}{target}, d_in {self.d_in}"
+
+
+def space_of(member: Member) -> Space:
+    """The space of a run's directions."""
+    facts = member.facts
+    return Space(
+        facts["model"]["fingerprint"], facts["site"], facts.get("target"), facts["d_in"],
+        facts["d_out"],
+    )  # fmt: skip
+
+
+def together(
+    members: Sequence[Member],
+    key_of: Callable[[Member], Any],
+    what: str,
+    key: str,
+    left_out: Sequence[str],
+) -> tuple[list[list[Member]], list[str]]:
+    """Runs that share `what`, and a line for those that share it with no other.
+
+    Raises:
+        ConfigError: no two runs do.
+    """
+    groups: dict[Any, list[Member]] = {}
+    for member in members:
+        groups.setdefault(key_of(member), []).append(member)
+    said = {k: f"{numbers(group)} ({k})" for k, group in groups.items()}
+    if all(len(group) < 2 for group in groups.values()):
+        raise ConfigError(
+            f"compare={key}: no two of these runs have {what}: "
+            f"{'; '.join([*said.values(), *left_out])}"
+        )
+    alone = [f"left out, no other run has {what}: {said[k]}"
+             for k, group in groups.items() if len(group) < 2]  # fmt: skip
+    if len(groups) - len(alone) > 1:
+        kept = [said[k] for k, group in groups.items() if len(group) > 1]
+        alone.append(f"compared among themselves: {'; '.join(kept)}")
+    return [group for group in groups.values() if len(group) > 1], alone
+
+
+def numbers(members: Sequence[Member]) -> str:
+    """`#1, #3`."""
+    return ", ".join(f"#{member.number}" for member in members)
+
+
+def pair_record(a: Member, b: Member) -> Record:
+    """What a pair's record begins with."""
+    return {
+        "numbers": [a.number, b.number],
+        "runs": [a.run.name, b.run.name],
+        "differ_in": differing(a.run, b.run),
+        "notes": [],
+    }
+
+
+def differing(a: Run, b: Run) -> list[str]:
+    """Config groups of which two runs took another option, and keys that differ elsewhere."""
+    chosen = [run.report["choices"] for run in (a, b)]
+    found: dict[str, None] = {}
+    for key in config_differences([a.config, b.config]).differing:
+        group = key.split(".")[0]
+        found[group if len({str(c.get(group)) for c in chosen}) > 1 else key] = None
+    return list(found)
+
+
+# -- Directions ----------------------------------------------------------------------------------
+
+
+def similarities(
+    comparison: Comparison, options: SimilarityOptions
+) -> tuple[list[Record], list[str]]:
+    """Similarity of the dictionaries of each two runs of one space; notes on the others.
+
+    Raises:
+        ConfigError: no two runs share a space.
+    """
+    members, notes = members_of(comparison)
+    groups, alone = together(
+        members, space_of, "the same weights, site and width", "similarity", notes
+    )
+    notes += alone
+    directions = {}
+    for member in itertools.chain.from_iterable(groups):
+        directions[member.number], note = directions_of(member)
+        notes += note
+    records = []
+    pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
+    with Progress("similarity", len(pairs), "pairs") as progress:
+        for a, b in pairs:
+            found = similarity(directions[a.number], directions[b.number], options)
+            record = pair_record(a, b) | found
+            record["notes"] = [f"no latent of #{m.number} is alive" for m in (a, b)
+                               if not len(directions[m.number].decoder)]  # fmt: skip
+            records.append(record)
+            progress.advance(1)
+    return records, notes
+
+
+def directions_of(member: Member) -> tuple[Directions, list[str]]:
+    """The directions of a run's latents that fired where it was measured.
+
+    Raises:
+        StoreError: weights that are not finite.
+    """
+    sae, fired = load_sae(member.folder), alive(member)
+    found = Directions(sae.W_dec.detach(), sae.W_enc_rows.detach())
+    if not all(weights.isfinite().all() for weights in found):
+        raise StoreError(f"#{member.number} {member.run.name}: its weights are not all finite")
+    if fired is None:
+        return found, [ALL_ALIVE.format(f"#{member.number}")]
+    return Directions(*(weights[fired] for weights in found)), []
+
+
+def alive(member: Member) -> Bool[Tensor, " d_sae"] | None:
+    """Whether each latent fired on the held-out rows; None where it was not measured.
+
+    Raises:
+        StoreError: features.parquet is of another width.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = member.run.path / "features.parquet"
+    try:
+        n_fired = pq.read_table(path, columns=["n_fired"])["n_fired"].to_numpy()
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    if len(n_fired) != member.facts["sae"]["d_sae"]:
+        raise StoreError(f"{path} has {len(n_fired)} latents, {member.folder} another number")
+    return torch.from_numpy(n_fired > 0)
+
+
+# -- Firing --------------------------------------------------------------------------------------
+
+
+def firings(comparison: Comparison, options: FiringOptions) -> tuple[list[Record], list[str]]:
+    """How alike the latents of each two runs of one dataset fire; notes on the others.
+
+    Raises:
+        ConfigError: no two runs have stored rows of the same examples.
+    """
+    members, notes = members_of(comparison)
+    stores = {}
+    for member in members:
+        try:
+            stores[member.number] = store_of(member)
+        except InputError as error:
+            notes.append(f"left out, #{member.number}: {error}")
+    groups, alone = together(
+        [m for m in members if m.number in stores],
+        lambda m: f"data {m.facts['dataset']['fingerprint'][:12]}",
+        "stored rows of the same data", "firing", notes,
+    )  # fmt: skip
+    pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
+    codes = {}
+    for group in groups:
+        ids = sampled([stores[m.number] for m in group], options)
+        for m in group:
+            codes[m.number] = codes_of(
+                load_sae(m.folder), stores[m.number], ids, options.batch_size
+            )
+    records = []
+    with Progress("firing", len(pairs), "pairs") as progress:
+        for a, b in pairs:
+            by_row = layout(a, stores[a.number]) == layout(b, stores[b.number])
+            found = firing(codes[a.number], codes[b.number], by_row=by_row, seed=options.seed)
+            record = pair_record(a, b) | found
+            if None in found.values():
+                record["notes"] = [f"no latent varies over the {found['n_units']} units"]
+            records.append(record)
+            progress.advance(1)
+    return records, [*notes, *alone]
+
+
+def store_of(member: Member) -> ActivationStore:
+    """The rows that a run was trained on and measured with.
+
+    Raises:
+        InputError: they were streamed, are gone, or are no longer those rows.
+    """
+    where = str(member.facts["store"])
+    if where == "stream":
+        raise StoreError("its rows were not stored (store=stream)")
+    below = Path(*Path(where).parts[-3:])  # Where `outputs` has been moved as a whole.
+    folder = next(
+        (p for p in (Path(where), member.run.path.parent.parent / below) if p.is_dir()), None
+    )
+    if folder is None:
+        raise StoreError(
+            f"its store {where} is gone; `sae-run eval checkpoint={member.run.path} force=true` "
+            "writes it again"
+        )
+    limit = member.run.config.get("store.max_norm_multiple")
+    store = ActivationStore(folder, max_norm_multiple=limit)
+    for what in ("model", "dataset"):
+        if store.source[what]["fingerprint"] != member.facts[what]["fingerprint"]:
+            raise StoreError(f"its store {folder} was written again, from another {what}")
+    return store
+
+
+def layout(member: Member, store: ActivationStore) -> tuple[Any, ...]:
+    """What two runs must share for their rows to be of the same tokens."""
+    return (*layout_key(store.site), member.facts["tokens"])
+
+
+def sampled(stores: Sequence[ActivationStore], options: FiringOptions) -> Int64[Tensor, " n"]:
+    """Ids of held-out examples that all have: a seeded sample of at most `n_rows` rows in each.
+
+    Raises:
+        ConfigError: they have none in common.
+    """
+    ids = [store.example_ids("heldout") for store in stores]
+    shared = ids[0]
+    for other in ids[1:]:
+        shared = np.intersect1d(shared, other, assume_unique=True)
+    if not len(shared):
+        raise ConfigError("compare=firing: the runs' stores have no held-out example in common")
+    most = max(store.n_rows("heldout") / len(own) for store, own in zip(stores, ids, strict=True))
+    chosen = shared[np.argsort(hashed(shared, options.seed))][: max(2, int(options.n_rows / most))]
+    return torch.from_numpy(np.sort(chosen))
+
+
+def codes_of(sae: SAE, store: ActivationStore, ids: Int64[Tensor, " n"], batch_size: int) -> Codes:
+    """An SAE's latents on the held-out rows of some examples."""
+    kept = CodesCollector(UNBOUNDED, seed=0)
+    with Progress("encoding", store.n_rows("heldout"), "rows") as progress:
+        for rows in store.rows("heldout", batch_size):
+            wanted = torch.isin(rows.example_id, ids)
+            progress.advance(len(wanted))
+            if wanted.any():
+                x = rows.x[wanted]
+                kept.add(Rows(x, sae(x).latents, x, rows.example_id[wanted], rows.position[wanted],
+                              None))  # fmt: skip
+    return kept.finish()

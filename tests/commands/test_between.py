@@ -1,0 +1,191 @@
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae_runner.checkpoint import load_sae
+from sae_runner.commands import report, train
+from sae_runner.commands.job import Job
+from sae_runner.errors import ConfigError, InputError
+from sae_runner.report.schema import not_finite
+
+ComposeJob = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, small: tuple[str, ...], compose_job: ComposeJob
+) -> Path:
+    """Two seeds of one SAE, and one of other data and another width; not to be changed."""
+    outputs = tmp_path_factory.mktemp("between") / "outputs"
+    for words in (["run_name=a"], ["run_name=b", "seed=1"], ["run_name=other", "dataset.d=8"]):
+        evaluators = "evaluators=[sparsity,reconstruction,density]"
+        train.main(compose_job("train", *small, evaluators, *words, f"outputs={outputs}"))
+    return outputs
+
+
+@pytest.fixture
+def outputs(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "outputs"))
+
+
+@pytest.fixture
+def compared(
+    outputs: Path, tmp_path: Path, compose_job: ComposeJob
+) -> Callable[..., dict[str, Any]]:
+    """comparisons.json of runs below `outputs`."""
+
+    def run(names: list[str], *words: str) -> dict[str, Any]:
+        runs = ",".join(str(outputs / "train" / name) for name in names)
+        job = compose_job("report", f"runs=[{runs}]", f"out={tmp_path / 'out'}", *words)
+        report.main(job)
+        found: dict[str, Any] = json.loads((tmp_path / "out" / "comparisons.json").read_text())
+        assert not list(not_finite(found))
+        return found
+
+    return run
+
+
+Compared = Callable[..., dict[str, Any]]
+
+
+def test_two_seeds_side_by_side_in_every_file(
+    compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compared(["a", "b"], "compare=[similarity,firing]")
+    (similar,), (firing,) = found["similarity"]["found"], found["firing"]["found"]
+    for record in (similar, firing):
+        assert record["runs"] == ["a", "b"] and record["numbers"] == [1, 2]
+        assert record["differ_in"] == ["seed"] and record["notes"] == []
+    assert similar["mmcs_12"] > similar["mmcs_random_12"] > 0
+    assert (firing["unit"], firing["n_units"]) == ("row", 300)
+    assert found["similarity"]["options"]["shared_cosine"] == 0.7
+    out = tmp_path / "out"
+    head, row = (out / "similarity.csv").read_text().splitlines()
+    assert row.split(",")[head.split(",").index("mmcs_12")] == repr(similar["mmcs_12"])
+    for text in ((out / "report.md").read_text(), (out / "report.html").read_text()):
+        assert "Similarity of dictionaries" in text and "Latents that fire together" in text
+        assert f"{similar['mmcs_12']:.4g}" in text and f"{firing['max_corr_mean_21']:.4g}" in text
+    printed = capsys.readouterr().out
+    assert re.search(r"\n#1 +#2 +seed +0\.\d+", printed)
+
+
+def test_a_run_is_what_its_copy_is(compared: Compared, outputs: Path) -> None:
+    shutil.copytree(outputs / "train" / "a", outputs / "train" / "copy")
+    found = compared(["a", "copy"], "compare=[similarity,firing]")
+    (similar,), (firing,) = found["similarity"]["found"], found["firing"]["found"]
+    for name in ("mmcs_12", "mmcs_21", "pw_mcc", "shared_frac"):
+        assert similar[name] == pytest.approx(1, abs=1e-6), name
+    assert firing["max_corr_quantiles_12"]["0.05"] == pytest.approx(1)
+    assert firing["max_corr_mean_shuffled_12"] < 0.5
+
+
+def test_only_latents_that_fired_are_compared(compared: Compared, outputs: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = outputs / "train" / "a" / "features.parquet"
+    table = pq.read_table(path)
+    n_fired = table["n_fired"].to_numpy().copy()
+    n_fired[5:] = 0
+    place = table.column_names.index("n_fired")
+    pq.write_table(table.set_column(place, "n_fired", pa.array(n_fired)), path)
+    found = compared(["a", "b"], "compare=similarity")["similarity"]
+    assert (found["found"][0]["n_alive_1"], found["found"][0]["shared_frac"] is not None) == (
+        5,
+        True,
+    )
+    path.unlink()
+    found = compared(["a", "b"], "compare=similarity")["similarity"]
+    d_sae = load_sae(outputs / "train" / "a").d_sae
+    assert found["found"][0]["n_alive_1"] == d_sae
+    assert found["notes"] == [
+        "#1 has no column n_fired (evaluator density): all its latents count as alive"
+    ]
+
+
+def test_what_shares_no_space_is_left_out_and_named(compared: Compared) -> None:
+    found = compared(["a", "b", "other"], "compare=similarity")["similarity"]
+    assert [record["runs"] for record in found["found"]] == [["a", "b"]]
+    (note,) = found["notes"]
+    assert re.match(
+        r"left out, no other run has the same weights, site and width: #\d \(model \w{12}, "
+        r"activations, d_in 8\)$", note
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "message"),
+    [
+        (
+            ["a", "other"], ["compare=similarity"],
+            r"compare=similarity: no two of these runs have the same weights, site and width: "
+            r"#1 \(model \w{12}, activations, d_in (8|16)\); #2 \(.*, d_in (8|16)\)$",
+        ),
+        (
+            ["a", "other"], ["compare=firing"],
+            r"compare=firing: no two of these runs have stored rows of the same data: #\d \(data ",
+        ),
+        (["a"], ["compare=similarity"], r"compare=similarity: no two of these runs have"),
+        (["a", "b"], ["compare=proxy"], r"compare=proxy: needs 10 runs or more \(proxy.min_ru"),
+        (["a", "b"], ["compare=[proxi]"], r"compare=proxi: not one of its values. Did you mean"),
+        (["a"], ["similarity.shared_cosine=2"], r"similarity.shared_cosine=2.*: must be <= 1"),
+        (["a"], ["+firing.n_row=2"], r"no key 'firing.n_row'. Did you mean 'n_rows'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_one_line_and_nothing_is_written(
+    compared: Compared, tmp_path: Path, names: list[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        compared(names, *words)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_is_gone_or_streamed_or_rewritten_is_said(
+    made: Path, compared: Compared, outputs: Path
+) -> None:
+    # The rows lie where they were written, or beside the runs where all was moved.
+    compared(["a", "b"], "compare=firing")
+    for path in (outputs / "stores").glob("*/store.json"):
+        path.write_text(re.sub(r'("fingerprint": ")\w{4}', r"\1beef", path.read_text()))
+    moved = made.rename(made.with_name("moved"))
+    try:
+        with pytest.raises(ConfigError, match=r"#1: its store .* was written again, from another"):
+            compared(["a", "b"], "compare=firing")
+        shutil.rmtree(outputs / "stores")
+        with pytest.raises(ConfigError, match=r"its store .* is gone; `sae-run eval checkpoint="):
+            compared(["a", "b"], "compare=firing")
+    finally:
+        moved.rename(made)
+
+
+def test_a_checkpoint_that_was_not_measured_is_left_out(compared: Compared, outputs: Path) -> None:
+    shutil.copytree(outputs / "train" / "a", outputs / "train" / "c")
+    for name, source in (("b", "a"),):
+        checkpoints = outputs / "train" / name / "checkpoints"
+        shutil.rmtree(checkpoints)
+        shutil.copytree(outputs / "train" / source / "checkpoints", checkpoints)
+    found = compared(["a", "b", "c"], "compare=similarity")["similarity"]
+    assert [record["runs"] for record in found["found"]] == [["a", "c"]]
+    assert any("is not what its report was measured on" in note for note in found["notes"])
+
+
+def test_what_is_no_longer_asked_for_goes(compared: Compared, tmp_path: Path) -> None:
+    compared(["a", "b"], "compare=[similarity,firing]")
+    found = compared(["a", "b"], "compare=similarity")
+    assert "firing" not in found and not (tmp_path / "out" / "firing.csv").exists()
+    with pytest.raises(FileNotFoundError):
+        compared(["a", "b"])
+
+
+def test_the_sample_of_rows_is_of_whole_examples_and_seeded(compared: Compared) -> None:
+    words = ["compare=firing", "firing.n_rows=50"]
+    one = compared(["a", "b"], *words)["firing"]["found"]
+    assert one[0]["n_units"] == 50
+    assert compared(["a", "b"], *words)["firing"]["found"] == one
+    assert compared(["a", "b"], *words, "firing.seed=1")["firing"]["found"] != one

@@ -1,0 +1,136 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sae_runner.evaluators._codes import Codes
+from sae_runner.report.firing import correlations, firing, max_correlations, shuffle
+from sae_runner.saes._latents import Latents
+
+
+def sparse(n: int, d_sae: int, seed: int = 0, share: float = 0.2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    active = torch.rand(n, d_sae, generator=generator) < share
+    return active * torch.rand(n, d_sae, generator=generator)
+
+
+def codes(acts: Tensor, example_id: Any = None, position: Any = None, order: Any = None) -> Codes:
+    """Latents of rows, by default one row an example."""
+    n = len(acts)
+    ids = torch.arange(n) if example_id is None else torch.as_tensor(example_id)
+    place = torch.zeros(n, dtype=torch.int64) if position is None else torch.as_tensor(position)
+    order = torch.arange(n) if order is None else order
+    latents = Latents.from_dense(acts[order])
+    return Codes(
+        ids[order], place[order], None, latents.offsets, latents.indices.int(), latents.values,
+        latents.d_sae,
+    )  # fmt: skip
+
+
+def csr(acts: Tensor) -> Any:
+    from scipy.sparse import csr_array
+
+    return csr_array(acts.double().numpy())
+
+
+def test_correlations_are_numpys_and_constant_latents_have_none() -> None:
+    one, two = sparse(300, 9), sparse(300, 7, 1)
+    one[:, 2], one[:, 3], two[:, 4] = 0, 0.7, 0
+    ((begin, found),) = correlations(csr(one), csr(two))
+    with np.errstate(invalid="ignore"):
+        expected = np.corrcoef(one.T.numpy(), two.T.numpy())[:9, 9:]
+    expected[3] = np.nan  # NumPy finds a variance of 1e-17 in a constant.
+    assert begin == 0
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_blocks_give_the_maxima_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = csr(sparse(200, 11)), csr(sparse(200, 5, 1))
+    whole = max_correlations(one, two)
+    monkeypatch.setattr("sae_runner.report.firing.CELLS", 10)
+    assert len(list(correlations(one, two))) == 6
+    for found, expected in zip(max_correlations(one, two), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_rotated_model_and_its_rotated_sae_fire_alike_up_to_a_permutation() -> None:
+    d, d_sae = 12, 30
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, d, generator=generator, dtype=torch.float64)
+    W_enc = torch.randn(d, d_sae, generator=generator, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    order = torch.randperm(d_sae, generator=generator)
+    one = torch.relu(x @ W_enc - 1)
+    two = torch.relu((x @ Q) @ (Q.T @ W_enc[:, order]) - 1)
+    ((_, found),) = correlations(csr(one), csr(two))
+    assert (found.argmax(0) == order.numpy()).all()
+    np.testing.assert_allclose(found.max(0), 1, atol=1e-9)
+    metrics = firing(codes(one.float()), codes(two.float()), by_row=True, seed=0)
+    assert metrics["max_corr_mean_12"] == pytest.approx(1, abs=1e-5)
+    assert metrics["max_corr_mean_21"] == pytest.approx(1, abs=1e-5)
+    assert metrics["frac_above_half_12"] == 1 and metrics["frac_above_half_shuffled_12"] == 0
+    assert metrics["max_corr_mean_shuffled_12"] < 0.3
+
+
+def test_rows_are_joined_by_example_and_position_whatever_order_they_come_in() -> None:
+    acts, n = sparse(60, 8), 60
+    ids, place = torch.arange(n) // 3 + 100, torch.arange(n) % 3
+    one = codes(acts, ids, place)
+    kept = torch.randperm(n)[:40]  # The other lacks some rows, and has one of its own.
+    two = codes(
+        torch.cat([acts[kept], torch.ones(1, 8)]),
+        torch.cat([ids[kept], torch.tensor([999])]),
+        torch.cat([place[kept], torch.tensor([0])]),
+        torch.randperm(41),
+    )
+    found = firing(one, two, by_row=True, seed=0)
+    assert (found["unit"], found["n_units"]) == ("row", 40)
+    assert found["max_corr_quantiles_12"]["0.05"] == pytest.approx(1)
+
+
+def test_where_tokens_differ_examples_are_compared_by_their_peaks() -> None:
+    peaks = sparse(50, 6, share=0.4)
+    ids = torch.arange(50)
+    weaker = 0.3 * peaks
+    one = codes(torch.cat([peaks, weaker]), ids.repeat(2), [0] * 50 + [1] * 50)
+    two = codes(torch.cat([weaker, peaks, weaker]), ids.repeat(3), [0] * 50 + [1] * 50 + [2] * 50)
+    found = firing(one, two, by_row=False, seed=0)
+    assert (found["unit"], found["n_units"]) == ("example", 50)
+    assert found["max_corr_mean_12"] == pytest.approx(1)
+
+
+def test_shuffling_keeps_what_depends_on_the_position_alone() -> None:
+    n_examples, n_positions = 80, 5
+    n = n_examples * n_positions
+    place = torch.arange(n) % n_positions
+    ids = torch.arange(n) // n_positions
+    acts = sparse(n, 3)
+    acts[:, 0] = (place == 2).float()
+    found = firing(codes(acts, ids, place), codes(acts, ids, place), by_row=True, seed=0)
+    assert found["max_corr_quantiles_shuffled_12"]["0.95"] > 0.9
+    assert found["max_corr_median_shuffled_12"] < 0.2
+    assert found["max_corr_median_12"] == pytest.approx(1)
+    stratum = np.array([0, 1, 0, 2, 1, 0, 2, 2])
+    permutation = shuffle(stratum, 3)
+    assert sorted(permutation) == list(range(8))
+    assert (stratum[permutation] == stratum).all()
+    assert (permutation != np.arange(8)).any()
+
+
+def test_latents_that_never_fire_are_counted_and_left_out() -> None:
+    acts = sparse(100, 5)
+    acts[:, 1:3] = 0
+    found = firing(codes(acts), codes(sparse(100, 4, 1)), by_row=True, seed=0)
+    assert (found["n_constant_1"], found["n_constant_2"]) == (2, 0)
+    nothing = firing(codes(torch.zeros(10, 2)), codes(sparse(10, 4)), by_row=True, seed=0)
+    assert nothing["max_corr_mean_12"] is None and nothing["max_corr_quantiles_21"] is None
+    assert nothing.keys() == found.keys()
+
+
+def test_no_unit_in_common_gives_nulls() -> None:
+    other = codes(sparse(10, 3), torch.arange(10) + 50)
+    for by_row in (True, False):
+        found = firing(codes(sparse(10, 3)), other, by_row=by_row, seed=0)
+        assert found["n_units"] == 0 and found["max_corr_mean_12"] is None
