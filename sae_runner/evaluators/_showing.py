@@ -36,6 +36,8 @@ class TextWindow(NamedTuple):
     """Which of the tokens are rows of the SAE."""
     special: Bool[Tensor, " t"]
     """Which are BOS, EOS, CLS, SEP and their like."""
+    before: Int64[Tensor, " b"] = torch.zeros(0, dtype=torch.int64)
+    """The example's tokens that come before them."""
 
     @property
     def text(self) -> str:
@@ -99,12 +101,14 @@ class Showing:
                 at = positions[start + i]
                 at = radius if at < 0 else at
                 begin, end = max(0, at - radius), min(n, at + radius + 1)
-                row = tokens[i][own[i]][begin:end]
+                every = tokens[i][own[i]]
+                row = every[begin:end]
                 acts, read = self._acts(latent, slot, n)
                 windows.append(
                     TextWindow(
                         int(self.codes.example_ids[slot]), begin, row, self._pieces(row),
                         acts[begin:end], read[begin:end], special[i][own[i]][begin:end],
+                        every[:begin],
                     )
                 )  # fmt: skip
         return windows

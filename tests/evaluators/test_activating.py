@@ -28,7 +28,7 @@ def dense():
     f = torch.rand(N_EXAMPLES * N_TOKENS, D_SAE, generator=generator)
     f[:, :5][f[:, :5] < torch.linspace(0.3, 0.98, 5)] = 0
     f[:, 5] = 0
-    return f
+    return f * torch.arange(1, D_SAE + 1)
 
 
 def by_example(dense):

@@ -71,6 +71,7 @@ def test_a_window_of_tokens_has_its_activations(showing):
     assert second.acts.tolist() == [0, 3, 0.5] and second.read.tolist() == [False, True, True]
     assert second.special.tolist() == [True, False, False]
     assert third.pieces == [" 22", " 23"] and third.acts.tolist() == [0, 4]
+    assert [w.before.tolist() for w in (first, second, third)] == [[0], [], [20, 21]]
 
 
 def test_a_window_is_cut_at_the_ends_of_the_text_and_not_at_those_of_the_batch(showing):

@@ -1,0 +1,185 @@
+"""Automated interpretability: explain a latent from examples, predict others, compare.
+
+Of each sampled latent (`_sampling`: the explained examples and the scored ones are disjoint, silent
+ones are verified), a back-end makes an explanation and predicts from it what the latent does in
+examples it has not seen. With ŝ the prediction and a the activation, over all tokens of the scored
+windows together (over examples, where a row is one):
+
+    spearman   rank correlation of ŝ and a, average ranks   activation prediction loss = 1 − it
+    pearson    their correlation
+    auc        probability that ŝ is higher where a > 0 than where it is not
+    recall, precision   of ŝ > 0 against a > 0
+    detection_balacc    ½ (true positive rate + true negative rate) of "is it active in the example"
+    fuzz_balacc         the same of "are the marks on the tokens it is active on" (back-end lm)
+
+A constant ŝ explains nothing: its correlation is null for the latent and counts as 0 in the means
+(`n_constant`). Means are over scored latents, with 95% intervals from resampling them;
+`spearman_freq_mean` weights a latent by how often it fires. `*_shuffled` are the same with each
+explanation put to another latent: what is left when the explanation says nothing of the latent.
+
+A high score is necessary, not sufficient: low-level latents ("this token") score high.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from sae_runner.config import NonNegative, Positive
+from sae_runner.errors import ConfigError, did_you_mean
+from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators._activating import sampled_latents
+from sae_runner.evaluators._bootstrap import checked_resamples
+from sae_runner.evaluators._codes import Codes
+from sae_runner.evaluators._explainers import EXPLAINERS
+from sae_runner.evaluators._explainers.base import Case, Explainer, Shown
+from sae_runner.evaluators._explanation_scores import (
+    CATEGORY,
+    Scores,
+    aggregate,
+    scores_of,
+    shuffled,
+    table,
+)
+from sae_runner.evaluators._numbers import Scalars
+from sae_runner.evaluators._sampling import Amounts, sample
+from sae_runner.evaluators._showing import Showing
+from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Setting
+from sae_runner.log import Progress
+
+
+@EVALUATORS.register("autointerp")
+class AutoInterp(Evaluator):
+    """Explanations of latents, and how well they predict activations.
+
+    Args:
+        backend: who explains, with its options: `type` ngram, clip or lm.
+        n_top: of the examples to explain, the strongest.
+        n_weighted: of these, drawn in proportion to activation.
+        n_decile: of the scored examples, from the strongest tenth.
+        n_quantile: of these, over the quantiles of activation.
+        n_silent: of these, in which the latent is nowhere active.
+        fewest: a latent that is active in fewer examples counts as dead.
+        radius: tokens on each side of the peak, of a text.
+        n_bootstrap: resamples of the latents for the intervals.
+    """
+
+    axis = "interpretability"
+    sizes = ("n_rows", "n_latents")
+    keeps_codes = True
+
+    def __init__(
+        self,
+        *,
+        backend: Any,
+        n_top: Positive,
+        n_weighted: NonNegative,
+        n_decile: NonNegative,
+        n_quantile: NonNegative,
+        n_silent: Positive,
+        fewest: Positive,
+        radius: NonNegative,
+        n_bootstrap: NonNegative,
+    ) -> None:
+        self.backend, self.fewest, self.radius = backend, fewest, radius
+        self.amounts = Amounts(n_top, n_weighted, n_decile, n_quantile, n_silent)
+        self.n_bootstrap = checked_resamples(n_bootstrap, "autointerp")
+        if n_decile + n_quantile == 0:
+            raise ConfigError(
+                "evaluators.autointerp.n_decile=0, n_quantile=0: no active example is scored"
+            )
+        if fewest < 4:
+            raise ConfigError(f"evaluators.autointerp.fewest={fewest}: must be >= 4")
+
+    @cached_property
+    def explainer(self) -> Explainer:
+        """The back-end.
+
+        Raises:
+            ConfigError: it is no block of options, or these do not fit.
+        """
+        if not hasattr(self.backend, "keys"):
+            others = [f"autointerp_{name}" for name in EXPLAINERS.names() if name != "ngram"]
+            hint = did_you_mean(str(self.backend), ["autointerp", *others])
+            raise ConfigError(f"backend={self.backend}: choose with evaluators=[NAME].{hint}")
+        made: Explainer = EXPLAINERS.build(self.backend, "backend")
+        return made
+
+    def check(self, setting: Setting) -> None:
+        """Refuse what the back-end cannot explain."""
+        self.explainer.check(setting)
+
+    def reads(self) -> dict[str, str]:
+        """What the back-end reads."""
+        return self.explainer.reads()
+
+    def start(self, context: EvalContext) -> None:
+        """Only the codes are needed."""
+        self.context = context
+
+    def finish(self) -> Findings:
+        """Category `autointerp`, and the table `latents` with a row for each sampled latent."""
+        context = self.context
+        assert context.codes is not None and context.setting is not None
+        assert context.dataset is not None and context.model is not None
+        codes = context.codes()
+        showing = Showing(codes, context.dataset(), context.model(), context.setting.site)
+        latents = sampled_latents(codes, context.n_latents, context.seed, fewest=self.fewest)
+        explainer = self.explainer
+        explainer.start(context, showing)
+        cases = self._cases(codes, showing, latents.tolist())
+        explanations = explainer.explain(cases)
+        verdicts = explainer.predict(explanations, cases)
+        donors = shuffled(explanations, context.seed)
+        others = [None if d is None else explanations[d] for d in donors]
+        blind = explainer.predict(others, cases)
+        scores = [scores_of(verdict, case) for verdict, case in zip(verdicts, cases, strict=True)]
+        control = [scores_of(verdict, case) for verdict, case in zip(blind, cases, strict=True)]
+        freq = codes.n_fired.numpy()[latents] / max(len(codes), 1)
+        scalars, ci, notes = aggregate(
+            scores, control, freq, n_bootstrap=self.n_bootstrap, seed=context.seed
+        )
+        self._count(scalars, codes, scores)
+        return Findings(
+            {CATEGORY: scalars.values},
+            ci=ci,
+            notes=[*scalars.notes, *notes, *explainer.remarks()],
+            tables={"latents": table(cases, explanations, scores, control, donors, freq)},
+            incomplete=explainer.incomplete,
+        )
+
+    def _cases(self, codes: Codes, showing: Showing, latents: Sequence[int]) -> list[Case]:
+        """The examples of each latent, shown."""
+        cases = []
+        with Progress("autointerp: examples", len(latents), "latents") as progress:
+            for latent in latents:
+                drawn = sample(codes, latent, self.amounts, self.context.seed)
+                explain, active, silent = drawn.explain, drawn.active, drawn.silent
+                slots = [*explain.slot.tolist(), *active.slot.tolist(), *silent]
+                acts = [*explain.value.tolist(), *active.value.tolist(), *([0.0] * len(silent))]
+                positions = [*explain.position.tolist(), *active.position.tolist()]
+                positions += drawn.silent_positions
+                windows: Sequence[Any] = [None] * len(slots)
+                if self.explainer.modality == "text":
+                    windows = showing.texts(latent, slots, positions, self.radius)
+                shown = [
+                    Shown(slot, int(codes.example_ids[slot]), act, window)
+                    for slot, act, window in zip(slots, acts, windows, strict=True)
+                ]
+                n = len(explain.slot)
+                cases.append(Case(latent, shown[:n], shown[n:]))
+                progress.advance(1)
+        return cases
+
+    def _count(self, scalars: Scalars, codes: Codes, scores: Sequence[Scores | None]) -> None:
+        """How many latents there were of each kind."""
+        kept = [score for score in scores if score is not None]
+        constant = [score for score in kept if score.get("spearman", 0.0) is None]
+        scalars.put("n_scored", len(kept))
+        scalars.put("n_unscored", len(scores) - len(kept))
+        scalars.put("n_dead", int((codes.n_examples_fired < self.fewest).sum()))
+        scalars.put("n_constant", len(constant))
+        for name, value in self.explainer.counts().items():
+            scalars.put(name, value)
+        if codes.n_left_out:
+            detail = f"{codes.n_left_out} examples were left out; raise eval.keep_gb to see all"
+            scalars.note("n_scored", "too_few_examples", detail)
