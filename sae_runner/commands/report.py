@@ -195,6 +195,8 @@ def show(comparison: Comparison, sections: Sequence[Section] = ()) -> None:
     ]
     for table in [columns, verdicts] if judged else [columns]:
         print_table(table, "table.csv")
+    if comparison.axes:
+        print(comparison.axes)
     for line in comparison.remarks:
         print(f"! {line}")
     for section in sections:

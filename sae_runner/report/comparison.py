@@ -264,6 +264,23 @@ class Comparison:
         return f"{group}.type", [str(run.config.get(f"{group}.type")) for run in self.runs]
 
     @property
+    def axes(self) -> str:
+        """What the metrics of the table measure: `faithfulness: fvu, mse; interpretability: l0`."""
+        axis_of = {
+            category: envelope["axis"]
+            for run in self.runs
+            for envelope in run.evaluators.values()
+            for category in envelope["metrics"]
+        }
+        groups: dict[str, list[str]] = {}
+        for name in self.metrics:
+            category, _, metric = name.partition(".")
+            if category in axis_of:
+                groups.setdefault(axis_of[category], []).append(metric)
+        parts = [f"{axis}: {', '.join(dict.fromkeys(names))}" for axis, names in groups.items()]
+        return "; ".join(sorted(parts))
+
+    @property
     def remarks(self) -> list[str]:
         """What a reader must know before comparing rows: a line each."""
         apart = [

@@ -102,10 +102,11 @@ def summary_table(comparison: Comparison) -> str:
     hint = (
         "Click a head to sort; its tooltip has the full name. ± is half the 95% interval. "
         f"{MISSING}: not measured, or no such key; a metric that is null could not be computed."
+        + (f" What they measure: {comparison.axes}." if comparison.axes else "")
     )
     return (
         f'<div class="wide"><table class="sortable"><thead><tr>{heads}</tr></thead>\n'
-        f'<tbody>{"".join(rows)}</tbody></table></div><p class="soft">{hint}</p>'
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="soft">{escape(hint)}</p>'
     )
 
 

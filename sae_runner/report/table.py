@@ -227,6 +227,7 @@ def markdown(
     text.append(
         f"± is half the 95% interval. {MISSING}: not measured, or no such key; "
         "a metric that is null could not be computed."
+        + (f" What they measure: {comparison.axes}." if comparison.axes else "")
     )
     if remarks := [*comparison.remarks, *left_out]:
         text += ["## Read before comparing", "\n".join(f"- {escaped(line)}" for line in remarks)]

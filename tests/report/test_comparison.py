@@ -263,3 +263,12 @@ def test_keys_that_follow_from_the_option_make_no_column(make_run):
     runs, _ = load_runs([*(run.path for run in runs), folder("d", "large", 256, 0.1)])
     telling = compare(runs, ["sparsity.l0"], "sparsity.l0", "reconstruction.fvu").telling
     assert list(telling) == ["model", "model.width", "trainer.lr"]
+
+
+def test_what_the_metrics_measure_is_said(make_run: MakeRun) -> None:
+    runs = load(make_run("a"), make_run("b"))
+    for run in runs:
+        for name, envelope in run.evaluators.items():
+            envelope["axis"] = "faithfulness" if name == "reconstruction" else "interpretability"
+    comparison = compare(runs, [X, "reconstruction.mse", Y, "other.thing"], X, Y)
+    assert comparison.axes == "faithfulness: mse, fvu; interpretability: l0"
