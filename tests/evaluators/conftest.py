@@ -9,7 +9,7 @@ from host_fixtures import SITE, VOCAB, Host
 from torch import Tensor
 
 from sae_runner.config import preset
-from sae_runner.data.base import Dataset
+from sae_runner.data.base import Dataset, Example
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators._shared_pass import InputPass
 from sae_runner.evaluators._shared_pass import measure as run_passes
@@ -139,7 +139,10 @@ class Labels(Dataset):
     def ids(self, split: Any) -> Any:
         raise NotImplementedError
 
-    load = fingerprint = ids  # type: ignore[assignment]
+    def load(self, ids: Any) -> list[Any]:
+        return [Example(int(i), None) for i in ids]
+
+    fingerprint = ids  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -156,10 +159,13 @@ def measure_spliced(host: Host, selection: TokenSelection) -> Measure:
         selection: TokenSelection = selection,
         dataset: Dataset | None = None,
         mean: float = 0.25,
+        target: str | None = None,
         seed: int = 0,
+        n_latents: int = 1000,
     ) -> Findings:
         evaluator, info = EVALUATORS.build(cfg), host.sites()[site]
-        setting = Setting(dataset or Labels(), lambda: host, info, selection)
+        dataset, goal = dataset or Labels(), host.sites()[target] if target else None
+        setting = Setting(dataset, lambda: host, info, selection, goal)
         if not isinstance(sae, SAE):
             sae = Mapped(sae, info.d)
         evaluator.check(setting)
@@ -168,7 +174,10 @@ def measure_spliced(host: Host, selection: TokenSelection) -> Measure:
         masks = [selection.mask(info, b, n) for b, n in zip(batches, n_tokens, strict=True)]
         rows = [b.ids[mask.any(1)] for b, mask in zip(batches, masks, strict=True)]
         ids = np.unique(torch.cat(rows).numpy())
-        context = EvalContext(sae, len(ids), ids, seed, setting=setting, model=lambda: host)
+        context = EvalContext(
+            sae, len(ids), ids, seed, setting=setting, model=lambda: host, dataset=lambda: dataset,
+            n_latents=n_latents,
+        )  # fmt: skip
         found: list[Findings] = []
         average = torch.full((info.d,), mean, dtype=torch.float64)
         taken = InputPass(lambda: host, lambda: batches, len(ids), average)
