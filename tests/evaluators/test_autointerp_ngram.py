@@ -26,8 +26,11 @@ class Grams(Model, ReadsTokens):
     """x_t = the one-hot tokens at t, t − 1 and, in an encoder, t + 1. BOS, perhaps SEP, around."""
 
     modality, device, filler, context = "text", torch.device("cpu"), FILLER, LENGTH + 2
-    encoder = False
-    n_runs = 0
+    encoder, bos, n_runs = False, True, 0
+
+    @property
+    def prefix(self):
+        return [BOS] if self.bos else []
 
     @property
     def suffix(self):
@@ -37,9 +40,8 @@ class Grams(Model, ReadsTokens):
         return [f" {t}" for t in tokens]
 
     def prepare(self, examples):
-        return self.token_rows(
-            [[BOS, *([0] if isinstance(e.value, str) else e.value), *self.suffix] for e in examples]
-        )
+        bodies = [[0] if isinstance(e.value, str) else e.value for e in examples]
+        return self.token_rows([[*self.prefix, *body, *self.suffix] for body in bodies])
 
     def token_rows(self, rows):
         assert all(len(row) <= self.context for row in rows)
@@ -61,7 +63,8 @@ class Grams(Model, ReadsTokens):
 
 
 class Planted(Given):
-    """0: token 3; 1: 5 after 4; 2: 6 or 7, the latter weaker; 3: 2 before 8 (encoder); 4: dead."""
+    """0: token 3; 1: 5 after 4; 2: 6 or 7, the latter weaker; 3: 2 before 8, in an encoder; 4: one
+    of 0 to 5 after BOS; 5: dead."""
 
     def encode(self, x):
         hot, before, after = x.split(15, dim=1)
@@ -70,6 +73,7 @@ class Planted(Given):
             (hot[:, 5] + before[:, 4] - 1).relu() * 3,
             hot[:, 6] + 0.25 * hot[:, 7],
             (hot[:, 2] + after[:, 8] - 1).relu(),
+            hot[:, :6].sum(1) * before[:, BOS],
             torch.zeros(len(x)),
         ], dim=1)  # fmt: skip
 
@@ -81,12 +85,14 @@ class Rows(Dataset):
         return [Example(int(i), self.rows[int(i)]) for i in ids]
 
 
-def measured(*, encoder=False, n_latents=10, seed=0, batch=10**9, tokens="all", **options):
-    host = bare(Grams, encoder=encoder)
+def measured(
+    *, encoder=False, bos=True, n_latents=10, seed=0, batch=10**9, tokens="all", **options
+):
+    host = bare(Grams, encoder=encoder, bos=bos)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, VOCAB, (N_EXAMPLES, LENGTH)).tolist()
     inputs = host.prepare([Example(i, row) for i, row in enumerate(rows)])
-    sae = Planted(torch.ones(5, 45), 1.0)
+    sae = Planted(torch.ones(6, 45), 1.0)
     selection = TokenSelection("all", drop_positions=(0,))
     keep = selection.mask(SITE, inputs, inputs.tensors["tokens"].shape[1])
     example, position = keep.nonzero(as_tuple=True)
@@ -123,7 +129,10 @@ def test_planted_ngrams_are_found_and_predict_others():
         row = of_latent(findings, latent)
         assert row["spearman"] == row["auc"] == row["recall"] == row["precision"] == 1
         assert row["detection_balacc"] == 1 and row["pearson"] == pytest.approx(1)
-    assert metrics["n_scored"] == 3 and metrics["n_dead"] == 2 and metrics["n_constant"] == 0
+    row = of_latent(findings, 4)
+    assert set(row["explanation"].split(" | ")) == {f"(^) {token}" for token in range(6)}
+    assert row["spearman"] == row["recall"] == row["precision"] == 1
+    assert metrics["n_scored"] == 4 and metrics["n_dead"] == 2 and metrics["n_constant"] == 0
     assert metrics["not_reproduced_frac"] == 0 and metrics["fuzz_balacc"] is None
     assert metrics["apl_mean"] == pytest.approx(1 - metrics["spearman_mean"])
     assert metrics["spearman_mean"] > 0.9
@@ -142,7 +151,7 @@ def test_means_are_those_of_the_table():
     assert metrics["spearman_freq_mean"] == pytest.approx((freq * rho).sum() / freq.sum())
     assert metrics["auc_mean"] == pytest.approx(np.mean(columns["auc"]))
     interval = findings.ci["autointerp.apl_mean"]
-    assert interval["lo"] <= metrics["apl_mean"] <= interval["hi"] and interval["n"] == 3
+    assert interval["lo"] <= metrics["apl_mean"] <= interval["hi"] and interval["n"] == 4
 
 
 def test_explained_and_scored_examples_differ():
@@ -159,8 +168,14 @@ def test_an_encoder_runs_texts_up_to_the_token_and_counts_what_needs_the_right()
     row = of_latent(findings, 3)
     assert row["explanation"].startswith("(^)") and abs(row["spearman"]) < 0.1
     metrics = findings.metrics["autointerp"]
-    assert metrics["n_scored"] == 4
-    assert metrics["not_reproduced_frac"] == pytest.approx(0.25)
+    assert metrics["n_scored"] == 5
+    assert metrics["not_reproduced_frac"] == pytest.approx(0.2)
+
+
+def test_a_first_token_that_is_no_row_of_the_sae_counts_as_inactive():
+    findings, _ = measured(bos=False)  # The selection drops position 0.
+    row = of_latent(findings, 0)
+    assert row["explanation"] == "(*) 3" and row["spearman"] == 1
 
 
 def test_the_same_seed_gives_the_same_whatever_the_batches():
@@ -174,7 +189,7 @@ def test_the_same_seed_gives_the_same_whatever_the_batches():
 
 def test_fewer_latents_are_a_sample():
     columns = measured(n_latents=2)[0].tables["latents"]
-    assert len(columns["feature"]) == 2 and set(columns["feature"]) <= {0, 1, 2}
+    assert len(columns["feature"]) == 2 and set(columns["feature"]) <= {0, 1, 2, 4}
 
 
 def test_one_latent_has_no_other_explanation_to_be_given():
@@ -184,7 +199,7 @@ def test_one_latent_has_no_other_explanation_to_be_given():
 
 def test_none_active_enough_is_no_latent_scored():
     metrics = measured(fewest=399)[0].metrics["autointerp"]
-    assert metrics["n_scored"] == 0 and metrics["n_dead"] == 5
+    assert metrics["n_scored"] == 0 and metrics["n_dead"] == 6
     assert metrics["apl_mean"] is None
 
 

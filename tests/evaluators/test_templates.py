@@ -88,6 +88,16 @@ def test_a_token_is_a_wildcard_where_more_than_half_is_left_without_it():
     assert found.templates == [Template((A, WILDCARD, C), 1.0, False)]
 
 
+def test_what_is_lost_by_a_mask_is_measured_by_the_suffix_and_by_the_filler_by_the_whole():
+    acts = {(D,): 1.0, (C, D): 2.0, (FILLER, C, D): 1.5, (FILLER, D): 1.2}
+
+    def activate(latents, rows):
+        return np.array([acts.get(tuple(row), 0.0) for row in rows])
+
+    found = find_templates([Document(0, (A, C, D), 4.0)], activate, FILLER, 32)
+    assert found.templates == [Template((WILDCARD, D), 2.0, True)]
+
+
 def test_a_text_that_no_suffix_explains_is_its_own_template_and_counted():
     silent = activate_by(lambda row: 0)
     documents = [Document(0, (A, B, C, D), 2.0), Document(0, (A,), 3.0)]
