@@ -1,0 +1,187 @@
+"""CLIP autointerp on a host whose latents are planted concepts."""
+
+import numpy as np
+import pytest
+import torch
+from codes_fixtures import bare, codes_of, context_of
+from evaluators.conftest import assert_publishable
+from PIL import Image
+
+from sae_runner.config import preset
+from sae_runner.data.base import Dataset, Example
+from sae_runner.errors import ConfigError
+from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators._explainers.clip import embed_concepts
+from sae_runner.evaluators.base import Setting
+from sae_runner.models._text import TextTower
+from sae_runner.models.base import Inputs, Model, SiteInfo
+from sae_runner.site import TokenSelection
+
+CFG = preset("evaluators", "autointerp_clip")["autointerp_clip"]
+WORDS = ("red_apple", "green pear", "blue plum", "fig", "nut")
+N, D = 300, 9
+SITE = SiteInfo("embed", "m", D, "vector", 1)
+
+
+def vector_of(text):
+    """A concept's own direction, and a little that all texts share."""
+    name = text.removeprefix("a photo of a ").removesuffix(".").replace(" ", "_")
+    known = [word.replace(" ", "_") for word in WORDS]
+    v = torch.zeros(D)
+    v[known.index(name) if name in known else 5] = 1.0
+    v[6] = 3.0
+    return v
+
+
+class Tower(Model, TextTower):
+    modality, device, templates = "image", torch.device("cpu"), ("a photo of a {}.", "{}")
+    vectors, n_seen = None, 0
+
+    def encode_text(self, texts):
+        return torch.stack([vector_of(text) for text in texts])
+
+    def prepare(self, examples):
+        ids = torch.tensor([e.id for e in examples])
+        return Inputs(ids, {"pixels": torch.zeros(len(examples), 1)})
+
+    def splice(self, inputs, edits, positions=None):
+        assert not edits
+        self.n_seen += len(inputs)
+        return self.vectors[inputs.ids] * (1 + inputs.ids[:, None])  # Norms mean nothing.
+
+
+class Images(Dataset):
+    modality, label_names = "image", WORDS
+
+    def load(self, ids):
+        return [Example(int(i), Image.new("L", (2, 2))) for i in ids]
+
+
+@pytest.fixture
+def planted():
+    """Unit embeddings a·t + √(1−a²)·(other), where latent j is a wherever concept j is."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(N) % 3
+    a = torch.rand(N, generator=generator) * 0.9 + 0.05
+    vectors = torch.zeros(N, D)
+    vectors[torch.arange(N), label] = a
+    vectors[:, 7] = (1 - a**2).sqrt()
+    f = torch.zeros(N, 4)
+    f[torch.arange(N), label] = a
+    return f, vectors
+
+
+def measured(planted, *, seed=0, dataset=None, backend=(), **options):
+    f, vectors = planted
+    host = bare(Tower, vectors=vectors)
+    dataset = bare(Images) if dataset is None else dataset
+    codes = codes_of(f)
+    setting = Setting(dataset, lambda: host, SITE, TokenSelection("all"))
+    cfg = {**CFG, "n_bootstrap": 50, "backend": {**CFG["backend"], **dict(backend)}, **options}
+    evaluator = EVALUATORS.build(cfg)
+    evaluator.check(setting)
+    evaluator.start(
+        context_of(
+            codes, seed=seed, setting=setting, dataset=lambda: dataset, model=lambda: host,
+            n_latents=10,
+        )
+    )  # fmt: skip
+    findings = evaluator.finish()
+    assert_publishable(findings)
+    return findings, host
+
+
+def test_planted_concepts_are_named_and_rank_the_images(planted):
+    findings, host = measured(planted)
+    metrics, columns = findings.metrics["autointerp"], findings.tables["latents"]
+    assert columns["explanation"] == ["red apple", "green pear", "blue plum"]
+    assert columns["auc"] == [1, 1, 1]
+    assert all(rho > 0.9 for rho in columns["spearman"])
+    assert metrics["n_scored"] == 3 and metrics["n_dead"] == 1 and metrics["n_labels"] == 3
+    assert metrics["margin_mean"] > 0.1
+    assert metrics["spearman_mean_shuffled"] < 0
+    assert host.n_seen <= N  # Each image once.
+    assert any("same model judges" in note.detail for note in findings.notes)
+
+
+def test_a_latent_that_is_the_likeness_itself_scores_1(planted):
+    f, vectors = planted
+    only = (torch.arange(N) % 3 == 0).nonzero().flatten()
+    # One silent image alone, which is the least like it.
+    f = torch.cat([f[only][:, :1], torch.zeros(1, 1)])
+    vectors = torch.cat([vectors[only], torch.eye(D)[7:8]])
+    findings, _ = measured((f, vectors), n_silent=1)
+    (rho,) = findings.tables["latents"]["spearman"]
+    assert rho == pytest.approx(1)
+
+
+def test_a_vocabulary_from_a_file_and_its_hash(planted, tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("green pear\n\n fig \nblue plum\ngreen pear\nred_apple\n")
+    findings, _ = measured(planted, backend={"vocabulary": str(path)})
+    assert findings.tables["latents"]["explanation"] == ["red_apple", "green pear", "blue plum"]
+    cfg = {**CFG, "backend": {**CFG["backend"], "vocabulary": str(path)}}
+    before = EVALUATORS.build(cfg).reads()
+    path.write_text("fig\nnut\n")
+    assert EVALUATORS.build(cfg).reads() != before
+    findings, _ = measured(planted, backend={"vocabulary": str(path)})
+    assert abs(findings.metrics["autointerp"]["auc_mean"] - 0.5) < 0.2  # Of no use here.
+
+
+def test_several_concepts_explain_together(planted):
+    f, _ = planted
+    f[:, 0] = f[:, 0] + f[:, 1]  # Latent 0: apples and pears.
+    one, _ = measured(planted)
+    two, _ = measured(planted, backend={"n_concepts": 2})
+    assert set(two.tables["latents"]["explanation"][0].split(" | ")) == {"red apple", "green pear"}
+    rho = [found.tables["latents"]["spearman"][0] for found in (one, two)]
+    assert rho[1] > rho[0] and rho[1] > 0.9
+
+
+def test_centring_takes_the_cone_of_texts_away():
+    """All texts share a direction that images have too: it must name nothing."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.rand(N, generator=generator)
+    vectors = torch.zeros(N, D)
+    vectors[:, 3], vectors[:, 6] = a, -2 * a  # More fig, and less of what all texts share.
+    vectors[:, 7] = 3.0
+    centred, _ = measured((a[:, None].clone(), vectors), n_silent=1)
+    raw, _ = measured((a[:, None].clone(), vectors), n_silent=1, backend={"centre": False})
+    assert centred.tables["latents"]["explanation"] == ["fig"]
+    assert centred.tables["latents"]["spearman"][0] > 0.9
+    assert raw.tables["latents"]["spearman"][0] < 0
+
+
+def test_concepts_are_embedded_as_classes_are():
+    tower = bare(Tower)
+    words = [word.replace("_", " ") for word in WORDS] * 60
+    found = embed_concepts(tower, words, tower.templates)
+    assert torch.allclose(found, tower.class_embeddings(words), atol=1e-6)
+
+
+def test_explained_and_scored_images_differ_and_the_seed_decides(planted):
+    one, other = measured(planted)[0], measured(planted)[0]
+    assert one.metrics == other.metrics and one.tables == other.tables
+    columns = one.tables["latents"]
+    for explain, score in zip(columns["explain_ids"], columns["score_ids"], strict=True):
+        assert len(explain) == 15 and len({*explain, *score}) == 55
+    assert measured(planted, seed=1)[0].tables != one.tables
+
+
+def test_what_cannot_be_explained_is_refused(planted, tmp_path):
+    unlabelled = bare(Images, label_names=None)
+    with pytest.raises(ConfigError, match=r"backend\.vocabulary=null: this dataset names no"):
+        measured(planted, dataset=unlabelled)
+    with pytest.raises(ConfigError, match=r"absent\.txt: No such file"):
+        measured(planted, backend={"vocabulary": str(tmp_path / "absent.txt")})
+    (tmp_path / "one.txt").write_text("fig\n")
+    with pytest.raises(ConfigError, match="1 concepts are too few"):
+        measured(planted, backend={"vocabulary": str(tmp_path / "one.txt")})
+    setting = Setting(bare(Images), lambda: bare(Model), SITE, TokenSelection("all"))
+    with pytest.raises(ConfigError, match="no text tower"):
+        EVALUATORS.build(CFG).check(setting)
+
+
+def test_numbers_of_frequency(planted):
+    columns = measured(planted)[0].tables["latents"]
+    np.testing.assert_allclose(columns["freq"], 1 / 3)
