@@ -77,3 +77,19 @@ def check_templates(templates: Sequence[str], key: str) -> None:
             complete = False
         if not complete:
             raise ConfigError(f"{key}={template}: needs one {{}}, for the label's name")
+
+
+class TakesPrompts(ReadsTokens):
+    """A model of text that can be given the beginning of one, to go on with word by word."""
+
+    context: int
+    """Most tokens of a row."""
+
+    @property
+    @abstractmethod
+    def n_vocab(self) -> int:
+        """How many tokens there are; ids are below."""
+
+    @abstractmethod
+    def begun(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts as the model begins one, with nothing after: they may go on."""

@@ -56,6 +56,10 @@ class Tokens:
         ids: list[list[int]] = found["input_ids"]
         return ids
 
+    def begun(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text with what a text begins with, and nothing after."""
+        return [[*self.framing.prefix, *row] for row in self.encode(texts)]
+
     def prepare(self, examples: Sequence[Example]) -> Inputs:
         """A batch of strings, or of rows that are packed already.
 

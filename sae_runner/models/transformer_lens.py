@@ -16,12 +16,12 @@ from sae_runner.errors import ConfigError
 from sae_runner.models import MODELS
 from sae_runner.models._precision import DTYPES, Precision
 from sae_runner.models._pretrained import Pretrained, load, load_tokenizer
-from sae_runner.models._text import ReadsTokens
+from sae_runner.models._text import TakesPrompts
 from sae_runner.models._tokens import Tokens
 from sae_runner.models.base import HookedModel, Inputs, SiteInfo, Tap, weights_hash
 
 
-class TextHost(HookedModel, ReadsTokens):
+class TextHost(HookedModel, TakesPrompts):
     """A Hugging Face transformer whose sites are found by TransformerLens' bridge.
 
     Weights are used as they are: no folding of layer norms, no centring. Sites of block i:
@@ -118,6 +118,15 @@ class TextHost(HookedModel, ReadsTokens):
     def filler(self) -> int:
         """See `ReadsTokens.filler`."""
         return self.tokens.filler
+
+    @property
+    def n_vocab(self) -> int:
+        """See `TakesPrompts.n_vocab`."""
+        return len(self.tokens.tokenizer)
+
+    def begun(self, texts: list[str]) -> list[list[int]]:
+        """See `TakesPrompts.begun`."""
+        return self.tokens.begun(texts)
 
     def adapt(self, dataset: Dataset) -> Dataset:
         """Running text packed to rows of `context` tokens; other text as it is.

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
+from sae_runner.evaluators import _logistic as module
 from sae_runner.evaluators._logistic import bce, entropy, fit_full, fit_singles
 
 RIDGE = 1e-4
@@ -101,6 +102,21 @@ def test_constant_and_empty_columns_have_the_loss_of_the_base_rate():
     assert found.loss[0] < entropy(y)
     none = fit_singles(np.zeros((400, 3)), y, RIDGE)
     assert none.constant.all() and none.loss.tolist() == [pytest.approx(entropy(y))] * 3
+
+
+def test_steps_that_are_too_long_are_halved(monkeypatch):
+    x, y = drawn(seed=8)
+    wanted = fit_singles(x, y, 0.5)
+    whole = module._Standardised.derivatives
+
+    def flat(self, w, b):  # Curvatures a third of what they are: steps three times as long.
+        by_w, by_b, ww, wb, bb = whole(self, w, b)
+        return by_w, by_b, ww / 3 - 0.5 * 2 / 3, wb / 3, bb / 3
+
+    monkeypatch.setattr(module._Standardised, "derivatives", flat)
+    found = fit_singles(x, y, 0.5)
+    np.testing.assert_allclose(found.loss, wanted.loss, atol=1e-4)
+    np.testing.assert_allclose(found.w * x.std(0), wanted.w * x.std(0), atol=0.01)
 
 
 def test_entropy():

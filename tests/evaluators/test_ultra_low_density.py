@@ -8,6 +8,7 @@ from sae_runner.config import config_dir
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators._mixture import bic_of_one, otsu, two_gaussians
 from sae_runner.evaluators._strongest import Strongest
+from sae_runner.evaluators.ultra_low_density import is_apart
 
 CFG = {
     "type": "ultra_low_density", "mode": "gmm", "n_top": 20, "dense_log10_freq": -1.0,
@@ -74,6 +75,7 @@ def test_the_mixture_does_not_depend_on_the_order_and_equal_values_have_none():
     shuffled = two_gaussians(np.random.default_rng(3).permutation(y))
     assert shuffled.means == pytest.approx(two_gaussians(y).means, rel=1e-9)
     assert two_gaussians(np.ones(5)) is None and two_gaussians(np.ones(1)) is None
+    assert two_gaussians(np.full(1000, 0.1)) is None  # Whatever their sums are rounded to.
     assert otsu(np.array([3.0, 1.0, 1.1, 3.1])).tolist() == [True, False, False, True]
     two = two_gaussians(np.array([0.0, 1.0, 0.0]))  # No spread: the floor holds.
     assert two.variances.tolist() == [1e-4, 1e-4]
@@ -117,6 +119,18 @@ def test_one_heap_is_no_cluster_and_neither_is_one_that_fires_more_often(measure
     assert found["present"] == 0 and found["ashman_d"] > 2
 
 
+def test_heaps_that_are_no_two():
+    rng = np.random.default_rng(7)
+    skewed = rng.exponential(1, 2000)
+    mixture = two_gaussians(skewed)
+    assert mixture.bic(2000) < bic_of_one(skewed) - 10 and mixture.ashman_d < 2
+    assert not is_apart(mixture, skewed)
+    some_far_off = np.concatenate([rng.normal(0, 0.1, 1000), rng.normal(3, 0.1, 5)])
+    assert two_gaussians(some_far_off).ashman_d > 2
+    assert not is_apart(two_gaussians(some_far_off), some_far_off)
+    assert is_apart(two_gaussians(planted_heaps()), planted_heaps())
+
+
 def test_members_by_thresholds_and_by_frequency(measure):
     f = np.zeros((100, 4), dtype=np.float32)
     for j, (n, size) in enumerate([(50, 1.0), (50, 0.1), (5, 1.0), (1, 0.1)]):
@@ -151,6 +165,9 @@ def test_the_strongest_of_one_batch_in_which_a_latent_comes_often():
     for j in range(2):
         assert torch.equal(keeper.values[j], values[latent == j].sort(descending=True).values[:4])
     assert keeper.values[2].tolist() == [0] * 4
+    at_once = Strongest(3, 4)
+    at_once.add(latent, values)
+    assert torch.equal(at_once.values, keeper.values)
 
 
 @pytest.mark.parametrize("batch", [1, 7, N_ROWS])

@@ -87,6 +87,17 @@ def test_losses_are_those_of_the_model_that_is_loaded(model):
     assert training["unigram_loss"] == pytest.approx(sum(surprise) / len(surprise), rel=1e-6)
 
 
+def test_a_text_is_begun_as_the_model_reads_it_and_may_go_on(model):
+    begun, nothing = model.begun(["cat sat on", ""])
+    bos = model.prepare([Example(0, "cat")]).tensors["tokens"][0, 0].item()
+    assert begun[0] == bos and nothing == [bos]
+    assert "".join(model.pieces(begun[1:])) == "cat sat on"
+    assert bos < model.n_vocab and max(begun) < model.n_vocab <= OPTIONS["vocab_size"]
+    rows = model.token_rows([begun, nothing])
+    assert rows.tensors["tokens"][0].tolist() == begun
+    assert rows.attended.sum(1).tolist() == [len(begun), 1]
+
+
 def test_unigram_loss_of_a_known_case():
     train = torch.tensor([[0, 1, 1, 2]])  # Targets 1, 1, 2; plus one: 1, 3, 2, 1 of 7.
     heldout = torch.tensor([[0, 1, 3, 3]])
