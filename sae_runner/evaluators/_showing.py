@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float32, Int64
 from PIL import Image
@@ -151,12 +152,14 @@ def grid_of(site: SiteInfo) -> tuple[int, int] | None:
 
 def marked(window: TextWindow, above: float, marks: tuple[str, str] = ("<<", ">>")) -> str:
     """A window's text with the tokens above an activation between marks, neighbours together."""
+    return marked_at(window, ((window.acts > above) & ~window.special).numpy(), marks)
+
+
+def marked_at(window: TextWindow, flags: npt.NDArray[np.bool_], marks: tuple[str, str]) -> str:
+    """A window's text with some of its tokens between marks, neighbours together."""
     begin, end = marks
     parts, open_ = [], False
-    for piece, act, special in zip(
-        window.pieces, window.acts.tolist(), window.special.tolist(), strict=True
-    ):
-        on = act > above and not special
+    for piece, on in zip(window.pieces, flags.tolist(), strict=True):
         if on != open_:
             parts.append(begin if on else end)
         parts.append(piece)

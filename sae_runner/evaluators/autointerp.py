@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Any
 
 from sae_runner.config import NonNegative, Positive
-from sae_runner.errors import ConfigError, did_you_mean
+from sae_runner.errors import ConfigError, nearest
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators._activating import sampled_latents
 from sae_runner.evaluators._bootstrap import checked_resamples
@@ -98,9 +98,11 @@ class AutoInterp(Evaluator):
             ConfigError: it is no block of options, or these do not fit.
         """
         if not hasattr(self.backend, "keys"):
-            others = [f"autointerp_{name}" for name in EXPLAINERS.names() if name != "ngram"]
-            hint = did_you_mean(str(self.backend), ["autointerp", *others])
-            raise ConfigError(f"backend={self.backend}: choose with evaluators=[NAME].{hint}")
+            near = (nearest(str(self.backend), EXPLAINERS.names()) or ["ngram"])[0]
+            preset = "autointerp" if near == "ngram" else f"autointerp_{near}"
+            raise ConfigError(
+                f"backend={self.backend}: is a block of options; use evaluators=[{preset}]"
+            )
         made: Explainer = EXPLAINERS.build(self.backend, "backend")
         return made
 
@@ -131,7 +133,7 @@ class AutoInterp(Evaluator):
         verdicts = explainer.predict(explanations, cases)
         donors = shuffled(explanations, context.seed)
         others = [None if d is None else explanations[d] for d in donors]
-        blind = explainer.predict(others, cases)
+        blind = explainer.predict(others, cases, control=True)
         scores = [scores_of(verdict, case) for verdict, case in zip(verdicts, cases, strict=True)]
         control = [scores_of(verdict, case) for verdict, case in zip(blind, cases, strict=True)]
         freq = codes.n_fired.numpy()[latents] / max(len(codes), 1)

@@ -97,9 +97,16 @@ class Explainer(ABC):
 
     @abstractmethod
     def predict(
-        self, explanations: Sequence[Explanation | None], cases: Sequence[Case]
+        self,
+        explanations: Sequence[Explanation | None],
+        cases: Sequence[Case],
+        *,
+        control: bool = False,
     ) -> list[Verdict | None]:
-        """What each explanation says of the examples to score of the case beside it."""
+        """What each explanation says of the examples to score of the case beside it.
+
+        For `control` the explanations are those of other latents.
+        """
 
     def counts(self) -> dict[str, float]:
         """Metrics of the explaining itself."""

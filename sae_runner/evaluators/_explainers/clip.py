@@ -136,7 +136,11 @@ class Clip(Explainer):
         return found
 
     def predict(
-        self, explanations: Sequence[Explanation | None], cases: Sequence[Case]
+        self,
+        explanations: Sequence[Explanation | None],
+        cases: Sequence[Case],
+        *,
+        control: bool = False,
     ) -> list[Verdict | None]:
         """See `Explainer.predict`."""
         verdicts: list[Verdict | None] = []

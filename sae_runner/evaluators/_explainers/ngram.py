@@ -95,7 +95,11 @@ class NGram(Explainer):
         return explanations
 
     def predict(
-        self, explanations: Sequence[Explanation | None], cases: Sequence[Case]
+        self,
+        explanations: Sequence[Explanation | None],
+        cases: Sequence[Case],
+        *,
+        control: bool = False,
     ) -> list[Verdict | None]:
         """See `Explainer.predict`; no model is run."""
         verdicts: list[Verdict | None] = []
