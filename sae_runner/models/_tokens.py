@@ -30,6 +30,7 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, *, context: int, prepend_bos: bool, encoder: bool) -> None:
         self.tokenizer, self.context = tokenizer, context
+        self.known: dict[int, str] = {}
         separator = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
         prefix: tuple[int, ...] = ()
         suffix: tuple[int, ...] = ()
@@ -105,8 +106,11 @@ class Tokens:
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token alone."""
-        found: list[str] = self.tokenizer.batch_decode([[token] for token in tokens])
-        return found
+        # Decoding costs more than all else that is done to show a token, and few differ.
+        if new := [token for token in dict.fromkeys(tokens) if token not in self.known]:
+            decoded = self.tokenizer.batch_decode([[token] for token in new])
+            self.known.update(zip(new, decoded, strict=True))
+        return [self.known[token] for token in tokens]
 
     @property
     def filler(self) -> int:
