@@ -97,8 +97,11 @@ def test_normal_noise_moves_two_over_pi():
     assert share.item() == pytest.approx(2 / np.pi, abs=0.01)
 
 
-def test_every_pair_is_that_of_numpy(measure_spliced, host, inputs, sae, reference, edited):
-    found = measure_spliced(CFG, sae, [inputs], host=host)
+@pytest.mark.parametrize("n_positions", [1, 2, 4])  # Of 4, the third text has 2 ahead.
+def test_every_pair_is_that_of_numpy(
+    measure_spliced, host, inputs, sae, reference, edited, n_positions
+):
+    found = measure_spliced(CFG | {"n_positions": n_positions}, sae, [inputs], host=host)
     table = found.tables["pairs"]
     tokens, own = inputs.tensors["tokens"].numpy(), inputs.attended.numpy()
     clean, seen = reference(host, tokens)
@@ -112,7 +115,7 @@ def test_every_pair_is_that_of_numpy(measure_spliced, host, inputs, sae, referen
         removed = (sae.decode(acts) - sae.decode(without)).detach().numpy()[0]
         one = np.zeros(D)
         one[channel] = seen[0][example, t, channel]
-        until = min(t + 2, own[example].sum())
+        until = min(t + n_positions, own[example].sum())
         for i, vector in enumerate((removed, one)):
             delta = (edited(example, t, vector) - clean[example])[t:until]
             expected = share_of(delta)
@@ -141,8 +144,8 @@ def test_a_random_vector_is_as_long_as_the_latents(host, inputs, sae, selection)
         pairs = draw_pairs(sae, x, x, keep, ahead, inputs.ids, {0: 4, 1: 4, 2: 4}, 0)
     alone, channel, random = pairs.removed.unbind(1)
     assert_allclose(random.norm(dim=1), alone.norm(dim=1))
-    cosine = torch.cosine_similarity(random, alone)
-    assert cosine.abs().max() < 0.999 and (cosine.unique().numel() == 12)
+    unit = torch.nn.functional.normalize(torch.cat([random, alone[:1]]), dim=1)
+    assert (unit @ unit.T - torch.eye(13)).abs().max() < 0.999  # None twice.
     assert ((channel != 0).sum(1) == 1).all()
     norms = sae.W_dec[pairs.latent].norm(dim=1) * pairs.activation / sae.input_scale
     assert_allclose(alone.norm(dim=1), norms.detach())
@@ -240,15 +243,18 @@ def test_what_moves_nothing_is_skipped(measure_spliced, host, inputs, sae):
 
 
 def test_some_pairs_may_be_skipped(measure_spliced, host, inputs, sae):
-    sae.W_dec.data[8:] *= 1e-20
-    found = measure_spliced(CFG, sae, [inputs], host=host)
+    sae.W_dec.data[12:] *= 1e-20
+    found = measure_spliced(CFG | {"n_bootstrap": 100}, sae, [inputs], host=host)
     table = found.tables["pairs"]
-    tiny = [latent >= 8 for latent in table["latent"]]
+    tiny = [latent >= 12 for latent in table["latent"]]
     assert 0 < sum(tiny) < 9
     assert [share is None for share in table["latent_share"]] == tiny
     assert None not in table["channel_share"]
     kept = [share for share in table["latent_share"] if share is not None]
-    assert_allclose(found.metrics["ablation_sparsity"]["latent"], np.mean(kept))
+    mean = found.metrics["ablation_sparsity"]["latent"]
+    assert_allclose(mean, np.mean(kept))
+    interval = found.ci["ablation_sparsity.latent"]
+    assert interval["lo"] <= mean <= interval["hi"]
 
 
 def test_what_moves_the_logits_by_rounding_alone_is_skipped(

@@ -27,6 +27,10 @@ def shrink(x):
     return 0.5 * x + 0.3
 
 
+def turn(x):
+    return 0.3 - 0.5 * x
+
+
 class Tower(Host, TextTower):
     """Image embeddings are the means of the last block's tokens."""
 
@@ -91,12 +95,12 @@ def test_a_token_that_is_masked_out_adds_nothing_and_half_precision_is_left():
 
 
 def test_every_metric_is_that_of_numpy(measure_spliced, inputs, replaced):
-    found = measure_spliced(CFG, shrink, [inputs]).metrics["downstream_loss"]
+    found = measure_spliced(CFG, turn, [inputs]).metrics["downstream_loss"]
     tokens, own = inputs.tensors["tokens"].numpy(), inputs.attended.numpy()
     at = own[:, :-1] & own[:, 1:]
     target = tokens[:, 1:][at]
     runs = {
-        "clean": lambda x: x, "recon": shrink, "zero": np.zeros_like,
+        "clean": lambda x: x, "recon": turn, "zero": np.zeros_like,
         "mean": lambda x: np.full_like(x, 0.25),
     }  # fmt: skip
     lp = {name: log_softmax(replaced(c)[0], axis=-1)[:, :-1][at] for name, c in runs.items()}
@@ -119,6 +123,7 @@ def test_every_metric_is_that_of_numpy(measure_spliced, inputs, replaced):
     }  # fmt: skip
     assert found.keys() == expected.keys()
     assert kl["recon"] > 0.01 and expected["n_predictions"] == 9
+    assert 0 < expected["top1_agreement"] < 1
     for name, value in expected.items():
         assert_allclose(found[name], value, rtol=1e-9, err_msg=name)
 
@@ -244,8 +249,6 @@ def test_a_text_tower_is_measured_by_names_at_its_own_temperature(
     measure_spliced, labels_of_names, inputs, replaced
 ):
     tower = Tower()
-    labelled = on_the_labels(inputs, [3, 4, -1])
-    found = measure_spliced(CFG, shrink, [labelled], host=tower, dataset=labels_of_names).metrics
 
     def unit(rows):
         return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
@@ -255,16 +258,22 @@ def test_a_text_tower_is_measured_by_names_at_its_own_temperature(
     v = {n: unit(replaced(c, tower)[1][-1].mean(1)) for n, c in
          {"clean": lambda x: x, "recon": shrink}.items()}  # fmt: skip
     lp = {name: log_softmax(3.0 * rows @ classes.T - 0.5, axis=1) for name, rows in v.items()}
+    choices = (-lp["clean"]).argsort(1)
+    labels = [int(choices[0, 2]), int(choices[1, 7]), -1]
+    labelled = on_the_labels(inputs, labels)
+    found = measure_spliced(CFG, shrink, [labelled], host=tower, dataset=labels_of_names).metrics
     loss, shot = found["downstream_loss"], found["zeroshot"]
+    assert shot["acc_clean"] == 0 and shot["acc5_clean"] == 0.5
     p = np.exp(lp["clean"])
     assert_allclose(loss["kl"], (p * (lp["clean"] - lp["recon"])).sum(1).mean(), rtol=1e-9)
     assert_allclose(shot["embed_cos"], (v["clean"] * v["recon"]).sum(1).mean(), rtol=1e-9)
     assert shot["embed_cos"] < 0.999
     for name, rows in lp.items():
-        assert_allclose(loss[f"ce_{name}"], -(rows[0, 3] + rows[1, 4]) / 2, rtol=1e-9)
+        one, other = labels[:2]
+        assert_allclose(loss[f"ce_{name}"], -(rows[0, one] + rows[1, other]) / 2, rtol=1e-9)
         order = (-rows).argsort(1)
-        assert shot[f"acc_{name}"] == np.mean([order[0, 0] == 3, order[1, 0] == 4])
-        assert shot[f"acc5_{name}"] == np.mean([3 in order[0, :5], 4 in order[1, :5]])
+        assert shot[f"acc_{name}"] == np.mean([order[0, 0] == one, order[1, 0] == other])
+        assert shot[f"acc5_{name}"] == np.mean([one in order[0, :5], other in order[1, :5]])
     assert shot["agreement"] == (lp["clean"].argmax(1) == lp["recon"].argmax(1)).mean()
     assert (shot["n_labelled"], shot["n_classes"], shot["logit_scale"]) == (2, VOCAB, 3.0)
     assert not {"acc_clean", "top1_acc_clean"} & loss.keys()
@@ -275,6 +284,7 @@ def test_templates_may_be_others_than_the_models(labels_of_names):
     own, other = head_of(tower, labels_of_names, None), head_of(tower, labels_of_names, ["my {}"])
     assert not torch.allclose(own.classes, other.classes)
     assert_allclose(other.classes.norm(dim=1), 1)
+    assert_allclose(own.logits(5 * own.classes).diagonal(), tower.logit_scale + tower.logit_bias)
 
 
 # -- Denominators --------------------------------------------------------------------------------
