@@ -128,6 +128,8 @@ def test_heaps_that_are_no_two():
     some_far_off = np.concatenate([rng.normal(0, 0.1, 1000), rng.normal(3, 0.1, 5)])
     assert two_gaussians(some_far_off).ashman_d > 2
     assert not is_apart(two_gaussians(some_far_off), some_far_off)
+    even = np.linspace(0, 1, 30)  # Its halves are far apart in their widths, and no better.
+    assert two_gaussians(even).ashman_d > 2 and not is_apart(two_gaussians(even), even)
     assert is_apart(two_gaussians(planted_heaps()), planted_heaps())
 
 
