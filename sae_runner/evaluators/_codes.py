@@ -93,6 +93,7 @@ class Codes:
         """Ids of the examples, ascending, and for each row the number of its example."""
         self.label = None if label is None else label[order][self._first_rows]
         """Class of each example."""
+        self._recent: tuple[int, Firing] | None = None
 
     def __len__(self) -> int:
         return len(self.position)
@@ -143,8 +144,10 @@ class Codes:
         return torch.zeros(self.d_sae, dtype=torch.int64).index_add_(0, latent, new)
 
     def firing(self, latent: int) -> Firing:
-        """The rows in which a latent is active."""
-        return Firing(*self.firing_between(latent, latent + 1)[1:])
+        """The rows in which a latent is active; the last one asked for is at hand."""
+        if self._recent is None or self._recent[0] != latent:
+            self._recent = latent, Firing(*self.firing_between(latent, latent + 1)[1:])
+        return self._recent[1]
 
     def firing_between(self, begin: int, end: int) -> FiringOfMany:
         """The rows in which the latents from `begin` to `end`, not included, are active."""
