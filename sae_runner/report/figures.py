@@ -15,16 +15,18 @@ from sae_runner.log import working
 from sae_runner.report.curves import curves_figure, read_curves
 from sae_runner.report.style import COLOURS, DARK, GREY, house_style, new_figure, plain_count, save
 
-FIGURES = ("loss", "density", "l0", "error")
+FIGURES = ("loss", "density", "l0", "error", "downstream")
 MAX_BARS = 60
+MAX_NAMES = 24
+"""Sites named on an axis."""
 
 
 @working("drawing figures")
 def draw_run(run_dir: Path) -> list[Path]:
     """Draw what a run directory holds into its `figures/`, each as PNG and SVG.
 
-    `loss` from metrics.jsonl; `density`, `l0` and `error` from the series of the envelopes of the
-    last evaluated step. What has no data is skipped.
+    `loss` from metrics.jsonl; `density`, `l0`, `error` and `downstream` from the series of the
+    envelopes of the last evaluated step. What has no data is skipped.
     """
     run_dir = Path(run_dir)
     envelopes = read_envelopes(run_dir)
@@ -51,6 +53,9 @@ def draw_run(run_dir: Path) -> list[Path]:
         if by_position or histogram:
             measured_by = of_positions or of_rows or {}
             figures["error"] = error_figure(by_position, histogram, measured_by, title)
+        by_site, of_sites = series.get("downstream_by_site", nothing)
+        if of_sites and by_site and len(by_site["site"]) > 1:  # As above.
+            figures["downstream"] = downstream_figure(by_site, of_sites, title)
         # All or none: whoever finds the folder need not ask what is missing in it.
         with files.atomic(run_dir / "figures") as temporary:
             temporary.mkdir()
@@ -110,10 +115,10 @@ def run_title(run_dir: Path, envelopes: Mapping[str, Mapping[str, Any]]) -> str:
     return " · ".join(str(name) for name in names if name) + width if any(names) else run_dir.name
 
 
-def measured_on(envelope: Mapping[str, Any], n_rows: int) -> str:
-    """`measured on 8,192 rows of toy (heldout)`; n_rows 0: unknown."""
+def measured_on(envelope: Mapping[str, Any], n: int, unit: str = "rows") -> str:
+    """`measured on 8,192 rows of toy (heldout)`; n 0: unknown."""
     data = envelope.get("data", {})
-    rows = f"{n_rows:,} rows" if n_rows else "rows"
+    rows = f"{n:,} {unit}" if n else unit
     split = f" ({data['split']})" if data.get("split") else ""
     return f"measured on {rows} of {data.get('name') or 'the data'}{split}"
 
@@ -244,6 +249,23 @@ def draw_error_histogram(panel: Any, series: Mapping[str, Any]) -> None:
     panel.set_ylabel("share of rows")
     if said:
         panel.set_ylim(top=1.2 * panel.get_ylim()[1])
+
+
+def downstream_figure(
+    by_site: Mapping[str, Sequence[Any]], envelope: Mapping[str, Any], title: str
+) -> Any:
+    """What the reconstruction's error becomes in later blocks; gaps where it is null."""
+    n = envelope.get("data", {}).get("n_examples") or 0
+    figure = new_figure(6.4, 3.6, title, measured_on(envelope, n, "examples"))
+    panel = figure.subplots()
+    fvu = np.array([math.nan if v is None else v for v in by_site["fvu"]], float)
+    panel.plot(np.arange(len(fvu)), fvu, color=COLOURS[0], marker="o", markersize=3.5)
+    panel.set_ylim(0, 1.1 * fvu[np.isfinite(fvu)].max(initial=0) or 1)
+    named = np.arange(0, len(fvu), math.ceil(len(fvu) / MAX_NAMES))
+    panel.set_xticks(named, [by_site["site"][int(i)] for i in named], rotation=40, ha="right")
+    panel.set_title("Error at later sites, with the reconstruction in the model")
+    panel.set_ylabel("fraction of variance unexplained")
+    return figure
 
 
 def draw_bars(

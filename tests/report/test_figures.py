@@ -14,6 +14,7 @@ from sae_runner.report.comparison import compare
 from sae_runner.report.curves import MAX_POINTS, curves_figure, draw_curve, read_curves
 from sae_runner.report.figures import (
     density_figure,
+    downstream_figure,
     draw_run,
     error_figure,
     figure_sources,
@@ -259,6 +260,34 @@ def test_one_position_makes_no_curve(make_run: MakeRun) -> None:
     drawn = texts(run / "figures" / "error.svg")
     assert "Relative error of single rows" in drawn
     assert "position" not in drawn
+
+
+def test_errors_at_later_sites_have_gaps_where_they_are_null() -> None:
+    by_site = {"site": ["blocks.4.resid_post", "blocks.5.resid_post", "pooled"],
+               "fvu": [0.1, None, 0.3]}  # fmt: skip
+    envelope = {"data": {"name": "text", "split": "heldout", "n_examples": 2048}}
+    figure = downstream_figure(by_site, envelope, "it")
+    (panel,) = figure.axes
+    x, y = panel.lines[0].get_data()
+    assert x.tolist() == [0, 1, 2]
+    assert y[0] == 0.1 and np.isnan(y[1]) and y[2] == 0.3 and panel.get_ylim()[0] == 0
+    assert [label.get_text() for label in panel.get_xticklabels()] == by_site["site"]
+    names = [f"blocks.{i}.resid_post" for i in range(50)]
+    (panel,) = downstream_figure({"site": names, "fvu": [0.5] * 50}, envelope, "it").axes
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert labels == names[::3]
+
+
+@pytest.mark.parametrize("n_sites", [1, 2])
+def test_one_later_site_makes_no_curve(make_run: MakeRun, n_sites: int) -> None:
+    run = make_run(n_steps=0)
+    path = run / "eval" / "step_00000060" / "reconstruction.json"
+    envelope = json.loads(path.read_text())
+    sites = {"site": ["a", "b"][:n_sites], "fvu": [0.1, 0.2][:n_sites]}
+    envelope["series"] = {"downstream_by_site": sites}
+    path.write_text(json.dumps(envelope))
+    drawn = {p.stem for p in draw_run(run)}
+    assert ("downstream" in drawn) == (n_sites == 2)
 
 
 def pareto_points(figure: Any) -> dict[str, tuple[float, float, bool]]:
