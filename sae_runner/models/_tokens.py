@@ -106,7 +106,7 @@ class Tokens:
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token alone."""
-        # Decoding costs more than all else that is done to show a token, and few differ.
+        # Of many tokens that are shown few differ.
         if new := [token for token in dict.fromkeys(tokens) if token not in self.known]:
             decoded = self.tokenizer.batch_decode([[token] for token in new])
             self.known.update(zip(new, decoded, strict=True))
