@@ -24,6 +24,7 @@ from sae_runner.report.sections import (
     comparisons_json,
     firing_section,
     proxy_section,
+    retention_section,
     section_csv,
     similarity_section,
 )
@@ -92,6 +93,10 @@ def compared(comparison: Comparison, options: ReportOptions) -> list[Section]:
         from sae_runner.commands.between import firings
 
         sections.append(firing_section(*firings(comparison, options.firing)))
+    if "retention" in options.compare:
+        from sae_runner.commands.corpora import retentions
+
+        sections.append(retention_section(*retentions(comparison)))
     if "proxy" in options.compare:
         sections.append(proxies(comparison, options.proxy))
     return sections
@@ -153,7 +158,8 @@ def write(
         with atomic(out / name) as temporary:
             temporary.write_bytes(text.encode())
     if sections:
-        asked = {name: getattr(options, name)._asdict() for name in options.compare}
+        # `retention` has no options.
+        asked = {n: o._asdict() for n in options.compare if (o := getattr(options, n, None))}
         write_json(out / "comparisons.json", comparisons_json(sections, asked))
     for name in [f"{known}.csv" for known in get_args(Compared) if known not in options.compare]:
         remove(out / name)  # Of an earlier command, which asked for more.

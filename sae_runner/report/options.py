@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from sae_runner.config import Name, NonNegative, Positive, Range, construct
 from sae_runner.errors import ConfigError
 
-Compared = Literal["similarity", "firing", "proxy"]
+Compared = Literal["similarity", "firing", "retention", "proxy"]
 Cosine = Annotated[float, Range(ge=-1, le=1)]
 AtLeastThree = Annotated[int, Range(ge=3)]
 FEWEST_RESAMPLES = 40

@@ -45,6 +45,12 @@ FIRING_ABOUT = (
     "the same with the second's examples shuffled, which is chance. > .5: share of latents with a "
     "partner above 0.5."
 )
+RETENTION_ABOUT = (
+    "Scores of one SAE's latents, explained on two corpora. retention: mean of the score on the "
+    "second run's data over that on the first's (→), and the other way round (←). uni_interp: mean "
+    "of the lower of the two. active_overlap: share of latents that are alive on both. Each corpus "
+    "has explanations of its own: what is retained is that a latent can be explained."
+)
 PROXY_ABOUT = (
     "Spearman rank correlation of two metrics over runs, with a 95% interval by resampling runs. "
     "It says what goes together among these runs, not why."
@@ -73,6 +79,16 @@ def firing_section(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> S
     shown = [{**r, "over": f"{r['n_units']:,} {r['unit']}s"} for r in records]
     section = _pairs("firing", "Latents that fire together", FIRING_ABOUT, columns, shown, notes)
     return section._replace(records=list(records))
+
+
+def retention_section(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> Section:
+    """A row for each pair of runs and each evaluator that explained latents on both."""
+    columns = {"evaluator": "evaluator", "retention →": "retention_12",
+               "retention ←": "retention_21", "uni_interp": "uni_interp",
+               "active_overlap": "active_overlap", "latents": "n_latents"}  # fmt: skip
+    return _pairs(
+        "retention", "Explanations on other data", RETENTION_ABOUT, columns, records, notes
+    )
 
 
 def _pairs(
@@ -145,7 +161,9 @@ def comparisons_json(sections: Iterable[Section], options: Mapping[str, Any]) ->
         "schema": COMPARISONS_SCHEMA,
         **{
             section.name: {
-                "options": options[section.name], "found": section.records, "notes": section.notes
+                "options": options.get(section.name, {}),
+                "found": section.records,
+                "notes": section.notes,
             }
             for section in sections
         },

@@ -183,6 +183,43 @@ def test_what_is_no_longer_asked_for_goes(compared: Compared, tmp_path: Path) ->
         compared(["a", "b"])
 
 
+def explain(run: Path, name: str, **scores: float) -> None:
+    """A table of scores as `autointerp` leaves it, in the report too."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    report = json.loads((run / "report.json").read_text())
+    checkpoint = report["run"]["checkpoint"]
+    folder = run / "eval" / checkpoint / name
+    folder.mkdir()
+    features = [int(key[1:]) for key in scores]
+    columns = {"feature": features, "scored": [True] * len(scores), "spearman": [*scores.values()]}
+    pq.write_table(pa.table(columns), folder / "latents.parquet")
+    envelope = report["evaluators"]["density"] | {
+        "evaluator": name, "type": "autointerp", "metrics": {}, "ci": {}, "notes": [],
+        "artifacts": {"tables": {"latents": f"{name}/latents.parquet"}},
+    }  # fmt: skip
+    report["evaluators"][name] = envelope
+    (run / "report.json").write_text(json.dumps(report))
+
+
+def test_one_saes_explanations_on_two_corpora(compared: Compared, outputs: Path) -> None:
+    a, copy = outputs / "train" / "a", outputs / "train" / "copy"
+    shutil.copytree(a, copy)
+    with pytest.raises(ConfigError, match=r"it has no scores of explanations"):
+        compared(["a", "copy"], "compare=retention")
+    explain(a, "autointerp", f1=0.8, f2=0.5)
+    explain(copy, "autointerp", f1=0.4, f2=0.5)
+    explain(copy, "other", f1=0.4)
+    explain(outputs / "train" / "b", "autointerp", f1=0.4)
+    found = compared(["a", "copy", "b"], "compare=retention")["retention"]
+    (record,) = found["found"]
+    assert record["runs"] == ["a", "copy"] and record["evaluator"] == "autointerp"
+    assert record["retention_12"] == pytest.approx(0.75)
+    assert record["active_overlap"] == 1 and record["notes"] == []
+    assert any("no other run has the weights of the same SAE" in note for note in found["notes"])
+
+
 def test_the_sample_of_rows_is_of_whole_examples_and_seeded(compared: Compared) -> None:
     words = ["compare=firing", "firing.n_rows=50"]
     one = compared(["a", "b"], *words)["firing"]["found"]
