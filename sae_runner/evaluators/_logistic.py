@@ -23,6 +23,8 @@ Labels = npt.NDArray[np.bool_]
 N_STEPS, N_HALVINGS = 25, 20
 GRADIENT = 1e-7
 LEAST_SD = 1e-8
+NEARLY_DENSE = 2 / 3
+"""Above this share of non-zero entries an array takes less memory without its zeros left out."""
 
 
 class Singles(NamedTuple):
@@ -157,43 +159,49 @@ def fit_full(
         n_folds: as many at most; fewer where a class is smaller.
         seed: draws the folds.
     """
-    from sklearn.model_selection import StratifiedKFold
     from sklearn.preprocessing import StandardScaler
 
+    if sparse.issparse(train) and train.nnz > NEARLY_DENSE * np.prod(train.shape):
+        train, test = train.toarray(), test.toarray()
     scaler = StandardScaler(with_mean=not sparse.issparse(train))
     train, test = scaler.fit_transform(train), scaler.transform(test)
-    ordered, converged = sorted(strengths), True
-    best = ordered[0]
+    chosen = _strength(train, y, sorted(strengths), n_folds, seed)
+    logit, converged = _decided(_regression(chosen), train, y, test)
+    return Full(logit, chosen, converged)
+
+
+def _strength(train: Any, y: Labels, ascending: Sequence[float], n_folds: int, seed: int) -> float:
+    """The C of the least loss over folds; larger ones are not tried once the loss rises."""
+    from sklearn.model_selection import StratifiedKFold
+
     n_folds = min(n_folds, int(y.sum()), int((~y).sum()))
-    if len(ordered) > 1 and n_folds > 1:
-        losses = np.zeros(len(ordered))
-        folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-        for fit, check in folds.split(np.zeros(len(y)), y):
-            models = _path(train[fit], y[fit], train[check], ordered)
-            losses += [bce(logit, y[check]) for logit, _ in models]
-        best = ordered[int(losses.argmin())]
-    (logit, converged), *_ = _path(train, y, test, [best])
-    return Full(logit, best, converged)
+    if n_folds < 2 or len(ascending) < 2:
+        return ascending[0]
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    parts = list(folds.split(np.zeros(len(y)), y))
+    # Each fit begins where that of the C before ended.
+    models = [_regression(ascending[0], warm_start=True) for _ in parts]
+    best, least = ascending[0], np.inf
+    for strength in ascending:
+        loss = 0.0
+        for (fit, check), model in zip(parts, models, strict=True):
+            model.set_params(C=strength)
+            loss += bce(_decided(model, train[fit], y[fit], train[check])[0], y[check])
+        if loss >= least:
+            break
+        best, least = strength, loss
+    return best
 
 
-def _path(
-    train: Any, y: Labels, test: Any, strengths: Sequence[float]
-) -> list[tuple[Values, bool]]:
-    """Logits of the test examples for each C, ascending; each fit begins where the last ended."""
+def _regression(strength: float, **options: Any) -> Any:
     from sklearn.linear_model import LogisticRegression
 
-    model, found = LogisticRegression(max_iter=1000, warm_start=True), []
-    for strength in strengths:
-        model.set_params(C=strength)
-        found.append(_decided(model, train, y, test))
-    return found
+    return LogisticRegression(C=strength, max_iter=1000, **options)
 
 
 def fit_few(train: Values, y: Labels, test: Values) -> Values:
     """Logits of the test examples by `LogisticRegression(C=1, max_iter=1000)`, as SAEBench's."""
-    from sklearn.linear_model import LogisticRegression
-
-    return _decided(LogisticRegression(C=1.0, max_iter=1000), train, y, test)[0]
+    return _decided(_regression(1.0), train, y, test)[0]
 
 
 def _decided(model: Any, train: Any, y: Labels, test: Any) -> tuple[Values, bool]:

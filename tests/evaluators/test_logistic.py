@@ -149,6 +149,29 @@ def test_a_sparse_full_probe_stays_sparse_and_is_the_dense_one_without_centring(
     np.testing.assert_allclose(one.logit, theirs.decision_function(scaled), rtol=1e-3, atol=1e-3)
 
 
+def test_a_full_probe_on_hardly_any_zeros_is_that_of_a_dense_array():
+    x, y = drawn(300, 10, seed=9, density=0.9)
+    options = {"strengths": [0.1, 1.0], "n_folds": 3, "seed": 0}
+    wanted = fit_full(x, y, x, **options)
+    found = fit_full(sparse.csr_array(x), y, sparse.csr_array(x), **options)
+    np.testing.assert_array_equal(found.logit, wanted.logit)
+
+
+def test_larger_strengths_are_not_tried_once_the_loss_rises(monkeypatch):
+    tried = set()
+    whole = module._decided
+
+    def spied(model, *given):
+        tried.add(model.C)
+        return whole(model, *given)
+
+    monkeypatch.setattr(module, "_decided", spied)
+    rng = np.random.default_rng(10)
+    x, y = rng.normal(size=(100, 40)), rng.random(100) < 0.5
+    fit_full(x, y, x, strengths=[1e-4, 1e-1, 10.0], n_folds=5, seed=0)
+    assert tried == {1e-4, 1e-1}
+
+
 def test_the_full_probe_of_noise_chooses_the_strongest_ridge():
     rng = np.random.default_rng(7)
     x, y = rng.normal(size=(100, 40)), rng.random(100) < 0.5
