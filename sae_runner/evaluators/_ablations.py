@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from sae_runner.evaluators._predictions import Head
+from sae_runner.evaluators._predictions import Head, precise
 from sae_runner.models.base import Inputs, Model
 from sae_runner.saes.base import SAE, Latents
 
@@ -144,6 +144,7 @@ def changes(
     else:
         logits = logits.unsqueeze(2)
         counted = torch.ones(len(state), 1, dtype=torch.bool, device=y.device)
+    logits = precise(logits)
     clean = logits[:, :1]
     rounding = clean.square().mean((1, 2, 3)).sqrt() * torch.finfo(output.dtype).eps
     delta = (logits[:, 1:] - clean).cpu().double()

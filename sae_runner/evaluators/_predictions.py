@@ -54,6 +54,11 @@ def predicts(model: Model, dataset: Dataset) -> Kind:
     return "names"
 
 
+def precise(logits: Tensor) -> Tensor:
+    """In float32 at least: softmax and differences lose too much in half precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class Places(NamedTuple):
     """Where a batch's logits are looked at."""
 
@@ -73,10 +78,10 @@ class Places(NamedTuple):
         return [Places(*part) for part in zip(example, position, target, strict=True)]
 
     def of(self, logits: Tensor) -> Float[Tensor, "m v"]:
-        """The rows of [n, v] or [n, t, v] that lie there."""
-        return (
-            logits[self.example] if self.position is None else logits[self.example, self.position]
-        )
+        """The rows of [n, v] or [n, t, v] that lie there, in float32 at least."""
+        if self.position is None:
+            return precise(logits[self.example])
+        return precise(logits[self.example, self.position])
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,10 @@ class Head:
     bias: float = 0.0
 
     def logits(self, output: Tensor) -> Tensor:
-        """[n, t, vocab] or [n, classes], in float32 at least."""
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        """[n, t, vocab] or [n, classes]; those of names in float32 at least."""
         if self.classes is None:
             return output
-        v = torch.nn.functional.normalize(output, dim=1)
+        v = torch.nn.functional.normalize(precise(output), dim=1)
         return self.scale * (v @ self.classes.to(v).T) + self.bias
 
     def places(self, inputs: Inputs, logits: Tensor, touched: Bool[Tensor, " n"]) -> Places:

@@ -90,8 +90,9 @@ def test_a_token_that_is_masked_out_adds_nothing_and_half_precision_is_left():
     p = np.exp([0, 1]) / np.exp([0, 1]).sum()
     q = np.exp([0.5, 1]) / np.exp([0.5, 1]).sum()
     assert_allclose(found.kl, [(p * np.log(p / q)).sum()], rtol=1e-5)
-    head = _predictions.Head("classes", 3)
-    assert head.logits(torch.zeros(1, 3, dtype=torch.bfloat16)).dtype == torch.float32
+    half = judge(torch.tensor([[0.0, 1, 2]]).half(), torch.tensor([[0.0, 1, 3]]).half(), at)
+    full = judge(torch.tensor([[0.0, 1, 2]]), torch.tensor([[0.0, 1, 3]]), at)
+    assert half.kl == full.kl
 
 
 def test_every_metric_is_that_of_numpy(measure_spliced, inputs, replaced):
