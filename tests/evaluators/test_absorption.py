@@ -323,6 +323,20 @@ def test_batches_do_not_matter_and_the_seed_decides():
     assert one.metrics == other.metrics and one.tables == other.tables
 
 
+def test_only_words_of_the_letter_are_scored(monkeypatch):
+    fit = module.fit_letters
+
+    def says_yes_to_all(*given, **options):
+        probes = fit(*given, **options)
+        return probes._replace(b=probes.b + 100)
+
+    monkeypatch.setattr(module, "fit_letters", says_yes_to_all)
+    monkeypatch.setattr(module, "LEAST_F1", 0.0)
+    table = run(n_words=200, min_letters=1)[0].tables["letters"]
+    seen = zip(table["n_true_positives"], table["n_skipped"], strict=True)
+    assert [n + skipped for n, skipped in seen] == table["n_test"]
+
+
 def test_too_few_letters_or_words_are_null_with_notes(monkeypatch):
     few, _ = run(n_words=30)
     assert few.metrics["absorption"]["mean_full_absorption_score"] is None
