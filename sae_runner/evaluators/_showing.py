@@ -68,7 +68,6 @@ class Showing:
 
     def __init__(self, codes: Codes, dataset: Dataset, model: Model, site: SiteInfo) -> None:
         self.codes, self.dataset, self.model, self.site = codes, dataset, model, site
-        self._known: dict[int, str] = {}
 
     def load(self, slots: Sequence[int]) -> list[Example]:
         """The examples with these numbers in the codes.
@@ -141,12 +140,7 @@ class Showing:
         return acts, read
 
     def _pieces(self, tokens: Tensor) -> list[str]:
-        """The text of each token; a tokenizer is slow to say it one by one."""
-        wanted = tokens.tolist()
-        if new := sorted(set(wanted) - self._known.keys()):
-            pieces = cast(ReadsTokens, self.model).pieces(new)
-            self._known |= dict(zip(new, pieces, strict=True))
-        return [self._known[token] for token in wanted]
+        return cast(ReadsTokens, self.model).pieces(tokens.tolist())
 
 
 def grid_of(site: SiteInfo) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -105,12 +106,31 @@ class Tokens:
         return Inputs(torch.arange(len(rows)), tensors, attended, self.is_special(tokens))
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """The text of each token alone."""
+        """The text of each token after another word: with the space that is before it, if one is.
+
+        Alone, a tokenizer that marks what goes on with a word, or where one begins, drops that.
+        """
         # Of many tokens that are shown few differ.
         if new := [token for token in dict.fromkeys(tokens) if token not in self.known]:
-            decoded = self.tokenizer.batch_decode([[token] for token in new])
-            self.known.update(zip(new, decoded, strict=True))
+            self.known.update(zip(new, self._pieces(new), strict=True))
         return [self.known[token] for token in tokens]
+
+    def _pieces(self, tokens: list[int]) -> list[str]:
+        if (mark := self._goes_on) is not None:
+            words: list[str] = self.tokenizer.convert_ids_to_tokens(tokens)
+            return [w.removeprefix(mark) if w.startswith(mark) else f" {w}" for w in words]
+        anchor = self.encode(["a"])[0][-1]
+        before: str = self.tokenizer.decode([anchor])
+        pairs: list[str] = self.tokenizer.batch_decode([[anchor, token] for token in tokens])
+        return [pair.removeprefix(before) for pair in pairs]
+
+    @cached_property
+    def _goes_on(self) -> str | None:
+        """What begins a token that goes on with a word (WordPiece), whatever the decoder does."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        found = getattr(backend and backend.model, "continuing_subword_prefix", None)
+        is_word_piece = type(backend and backend.model).__name__ == "WordPiece"
+        return found if is_word_piece and found else None
 
     @property
     def filler(self) -> int:

@@ -138,6 +138,16 @@ def test_several_concepts_explain_together(planted):
     assert rho[1] > rho[0] and rho[1] > 0.9
 
 
+def test_images_count_by_the_activation():
+    """Four strong figs among many weak plums."""
+    vectors, f = torch.zeros(400, D), torch.zeros(400, 1)
+    vectors[:60, 2], f[:60, 0] = 1.0, 0.01
+    vectors[:4], f[:4, 0] = torch.eye(D)[3], 10.0
+    vectors[60:, 7] = 1.0
+    (label,) = measured((f, vectors))[0].tables["latents"]["explanation"]
+    assert label == "fig"
+
+
 def test_centring_takes_the_cone_of_texts_away():
     """All texts share a direction that images have too: it must name nothing."""
     generator = torch.Generator().manual_seed(1)

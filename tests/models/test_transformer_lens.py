@@ -131,6 +131,13 @@ def test_encoder_states_are_those_of_its_own_library_bit_for_bit(minilm, referen
     assert torch.equal(output, states[-1])
 
 
+def test_pieces_of_an_encoder_make_words_again(minilm):
+    tokens = minilm.tokens.encode(["a wedding rehashed"])[0]
+    pieces = minilm.pieces(tokens)
+    assert "".join(pieces) == " a wedding rehashed" and " wedding" in pieces
+    assert any(not piece.startswith(" ") for piece in pieces)  # What goes on with a word.
+
+
 def test_sites_inside_an_encoder_block_obey_its_equations(minilm, reference):
     """Vaswani et al. 2017 with the weights read from the other class."""
     inputs = batch(minilm)
