@@ -19,7 +19,7 @@ OUTSIDE = ("device", "outputs", "force", "run_name", "run_dir", "logger", "name"
 HIGHER_IS_BETTER = re.compile(
     r".*\.(explained_variance|cosine|alive_frac|mmcs|f1|precision|recall|hungarian"
     r"|fraction_recovered|kl_score|.*recovered|.*accuracy|(top1_)?acc5?_|.*agreement|embed_cos"
-    r"|.*auc)[^.]*$"
+    r"|.*auc|total_me|superiority|alpha_|kappa_|interpretable|repeat_exact)[^.]*$"
 )
 
 

@@ -227,7 +227,13 @@ def test_an_item_is_worth_its_median_over_raters_repeats_aside(pack, tmp_path):
     found = measured(responses=written(tmp_path / "r.jsonl", responses))
     items = dict(zip(found.tables["items"]["item"], found.tables["items"]["total"], strict=True))
     assert items[shared] == 6.5 and items[twice] == 5
-    metrics = found.metrics["human"]
+    metrics, table = found.metrics["human"], found.tables["items"]
+    for source in set(table["source"]):
+        scores = [t for t, s in zip(table["total"], table["source"], strict=True)
+                  if s == source and t is not None]  # fmt: skip
+        suffix = "" if source == "latent" else f"_{source}"
+        expected = np.mean(scores) if scores else None
+        assert metrics[f"total_mean{suffix}"] == expected
     assert metrics["repeat_exact"] == 0 and metrics["repeat_mean_abs_diff"] == 3
     assert metrics["n_repeats"] == 1
 

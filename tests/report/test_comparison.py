@@ -50,6 +50,8 @@ def test_more_is_better_of_some_metrics() -> None:
         "probing.sae_test_accuracy", "mine/reconstruction.cosine", "downstream_loss.kl_score_mean",
         "downstream_loss.top1_acc_recon", "downstream_loss.top1_agreement", "zeroshot.acc5_mean",
         "zeroshot.acc_recovered_zero", "zeroshot.embed_cos", "downstream_recon.cosine_mean",
+        "human.total_median", "human.alpha_total", "human.superiority_neuron",
+        "human.interpretable_frac",
     ):  # fmt: skip
         assert higher_is_better(name), name
     for name in (
