@@ -241,7 +241,8 @@ def test_a_letter_split_over_two_latents():
     f[y & half, 2] += 2
     f[y & ~half, 4] += 2
     f[:, 5] = 0.01
-    weights = np.array([0.1, -1, 0.9, 0, 0.8, 0.05])
+    weights = np.array([0.1, -1, 0.9, 0, 0.8, 0.05, *[-2] * 14])
+    f = np.concatenate([f, np.ones((400, 14))], axis=1)
     found = splits_of(weights, sparse.csr_array(f), y, sparse.csr_array(f), y)
     assert found.latents.tolist() == [2, 4] and found.f1[1] == 1 and len(found.f1) == 4
 
