@@ -32,7 +32,7 @@ def heatmap_figure(found: Sequence[Correlation]) -> Any:
     with_any = [c for c in found if c.rho is not None and c.group in groups]
     # A metric that is constant, or that too few runs have, would be an empty row.
     xs, ys = (
-        [name for name in dict.fromkeys(getattr(c, axis) for c in found) if name in kept][:MOST]
+        [name for name in in_order(found, axis) if name in kept][:MOST]
         for axis in ("x", "y")
         for kept in [{getattr(c, axis) for c in with_any}]
     )
@@ -87,3 +87,12 @@ def colour(cell: Correlation) -> Any:
     rho = cell.rho or 0.0
     depth = abs(rho) * (1.0 if cell.is_firm else FAINT)
     return 1 - depth * (1 - (POSITIVE if rho > 0 else NEGATIVE))
+
+
+def in_order(found: Sequence[Correlation], axis: str) -> list[str]:
+    """The metrics of a side. Those on both come in one order: no metric meets itself, so that the
+    first of y would be the last of x."""
+    xs, ys = dict.fromkeys(c.x for c in found), dict.fromkeys(c.y for c in found)
+    if axis == "y":
+        return list(ys)
+    return [*(name for name in ys if name in xs), *(name for name in xs if name not in ys)]

@@ -115,7 +115,11 @@ def _pairs(
 
 def proxy_section(found: Sequence[Correlation], notes: Sequence[str]) -> Section:
     """A row for each pair of metrics, the firmest first; those without ρ in the notes."""
-    known = [c for c in found if c.rho is not None]
+    with_rho = [c for c in found if c.rho is not None]
+    pairs: dict[Any, Correlation] = {}
+    for c in with_rho:  # ρ(x, y) is ρ(y, x): a pair is listed once.
+        pairs.setdefault((c.group, frozenset((c.x, c.y))), c)
+    known = list(pairs.values())
     known.sort(key=lambda c: (not c.is_firm, -abs(c.rho or 0.0)))
     rows = [[c.group, c.x, c.y, f"{c.rho:+.3f}", interval_of(c), str(c.n)] for c in known]
     why: dict[str, dict[str, None]] = {}
@@ -130,7 +134,7 @@ def proxy_section(found: Sequence[Correlation], notes: Sequence[str]) -> Section
         + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
         for reason, names in why.items()
     ]
-    sides = [len({getattr(c, axis) for c in known}) for axis in ("x", "y")]
+    sides = [len({getattr(c, axis) for c in with_rho}) for axis in ("x", "y")]
     if max(sides) > MOST:
         nulls.append(f"the figure shows {MOST} metrics of a side; the table has all")
     return Section(

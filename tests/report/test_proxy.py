@@ -176,3 +176,16 @@ def test_a_large_grid_is_cut_to_what_can_be_read(tmp_path: Path) -> None:
     ]  # fmt: skip
     text = draw_heatmap(found, tmp_path)[1].read_text()
     assert "x31" in text and "x32" not in text
+
+
+def test_a_pair_is_listed_once_and_both_sides_are_in_one_order() -> None:
+    from sae_runner.report.heatmap import in_order
+    from sae_runner.report.sections import proxy_section
+
+    names = ["a.x", "b.x", "c.x"]
+    found = [
+        Correlation("all runs", x, y, 0.5, 0.1, 0.9, 10, "") for y in names for x in names if x != y
+    ]
+    assert len(proxy_section(found, []).rows) == 3
+    assert in_order(found, "x") == in_order(found, "y") == names
+    assert in_order([c for c in found if c.x != "b.x"], "x") == ["a.x", "c.x"]
