@@ -146,13 +146,13 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
             if findings.incomplete:
                 unfinished[name] = findings.incomplete
 
-        options = pipeline.eval_options
+        options, context = pipeline.eval_options, context_of(sae, store, pipeline)
         failures = measure(
             todo,
             store.rows("heldout", options.batch_size, options.n_rows),
-            context_of(sae, store, pipeline),
+            context,
             keep,
-            inputs=input_pass(store, pipeline),
+            inputs=input_pass(store, pipeline, len(context.example_ids)),
             keep_bytes=options.keep_bytes,
             folder=eval_dir,
         )
@@ -208,7 +208,7 @@ def first_line(error: Exception) -> str:
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
-def input_pass(store: Activations, pipeline: Pipeline) -> InputPass:
+def input_pass(store: Activations, pipeline: Pipeline, n_heldout: int) -> InputPass:
     """The inputs that the model is run on with the SAE in it: the first that the store visits."""
     n, loading = pipeline.eval_options.n_examples, pipeline.loading
 
@@ -222,9 +222,10 @@ def input_pass(store: Activations, pipeline: Pipeline) -> InputPass:
             if loaded.inputs is not None:  # What cannot be read was named when it was stored.
                 yield loaded.inputs
 
-    total = len(store.example_ids("heldout"))
-    mean = store.stats(1).mean[-store.d_out :]
-    return InputPass(lambda: pipeline.model, batches, min(n, total), mean)
+    return InputPass(
+        lambda: pipeline.model, batches, min(n, n_heldout),
+        lambda: store.stats(1).mean[-store.d_out :],
+    )  # fmt: skip
 
 
 def unmeasured(

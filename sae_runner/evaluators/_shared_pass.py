@@ -4,6 +4,7 @@ Rows are read and encoded once. Each batch of inputs is run once as it is and on
 splice that anybody wants. An evaluator that fails is left out from there on; the others go on.
 """
 
+import functools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,8 +42,9 @@ class InputPass(NamedTuple):
     model: Callable[[], Model]
     batches: Callable[[], Iterable[Inputs]]
     n_examples: int
-    mean: Tensor
-    """[d]: of the training rows at the site that is spliced, for `mean`."""
+    mean: Callable[[], Tensor]
+    """[d]: of the training rows at the site that is spliced, for `mean`; a stream runs the model
+    for it."""
 
 
 class Cost:
@@ -126,7 +128,9 @@ def measure(
     for name, evaluator in going.each():
         began = time.perf_counter()
         with going.attempt(name), working(f"eval: {name}"):
-            on_found(name, evaluator.finish(), cost.block(time.perf_counter() - began))
+            found = evaluator.finish()
+        if name not in going.failures:  # What goes wrong in keeping it is not the evaluator's.
+            on_found(name, found, cost.block(time.perf_counter() - began))
     return going.failures
 
 
@@ -174,10 +178,11 @@ def _input_pass(going: Going, inputs: InputPass, sae: SAE, setting: Setting, cos
     model = inputs.model()
     wanted = {kind for _, evaluator in going.each() for kind in evaluator.splices}
     watched = {i.name: i for _, e in going.each() if e.splices for i in e.watches(setting)}
+    mean = functools.cache(inputs.mean)
     with Progress("eval: model", inputs.n_examples, "examples") as progress:
         for batch in inputs.batches():
             for spliced in splices(
-                model, batch.to(model.device), sae, setting, inputs.mean,
+                model, batch.to(model.device), sae, setting, mean,
                 [kind for kind in KINDS if kind in wanted], list(watched.values()),
             ):  # fmt: skip
                 for name, evaluator in going.each():
@@ -194,7 +199,7 @@ def splices(
     inputs: Inputs,
     sae: SAE,
     setting: Setting,
-    mean: Tensor,
+    mean: Callable[[], Tensor],
     kinds: Sequence[SpliceKind],
     watched: Sequence[Any],
 ) -> Iterator[Spliced]:
@@ -216,7 +221,7 @@ def splices(
             case "zero":
                 instead = found.new_zeros(found.shape[-1])
             case "mean":
-                instead = mean.to(found.device)
+                instead = mean().to(found.device)
         x = found.clone()
         x[at] = instead.to(found.dtype)
         seen = watched if kind == "recon" else ()

@@ -180,7 +180,7 @@ def measure_spliced(host: Host, selection: TokenSelection) -> Measure:
         )  # fmt: skip
         found: list[Findings] = []
         average = torch.full((info.d,), mean, dtype=torch.float64)
-        taken = InputPass(lambda: host, lambda: batches, len(ids), average)
+        taken = InputPass(lambda: host, lambda: batches, len(ids), lambda: average)
 
         def keep(_: str, findings: Findings, __: dict[str, Any]) -> None:
             found.append(findings)

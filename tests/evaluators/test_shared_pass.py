@@ -72,7 +72,7 @@ def passes(evaluators, context, stored, host=None, inputs=None, **options):
     mean = torch.full((D,), 0.25, dtype=torch.float64)
     taken = None
     if inputs is not None:
-        taken = InputPass(lambda: host, lambda: [inputs], len(inputs), mean)
+        taken = InputPass(lambda: host, lambda: [inputs], len(inputs), lambda: mean)
 
     def keep(name, findings, cost):
         found[name] = findings, cost
@@ -145,3 +145,28 @@ def test_each_evaluator_has_a_folder_of_its_own(context, tmp_path):
     passes({"one": one, "other": other}, context, rows(), folder=tmp_path)
     assert one.context.folder == tmp_path / "one" and not one.context.folder.exists()
     assert other.context.folder == tmp_path / "other"
+
+
+def test_what_cannot_be_kept_ends_the_command(context):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        measure({"sound": OfRows()}, rows(), context, full)
+
+
+def test_the_mean_is_asked_for_once_and_only_if_somebody_wants_it(context, host, inputs):
+    asked = []
+
+    def mean():
+        asked.append(1)
+        return torch.full((D,), 0.25, dtype=torch.float64)
+
+    class Recon(OfSplices):
+        splices = ("recon",)
+
+    taken = InputPass(lambda: host, lambda: [inputs, inputs], 6, mean)
+    measure({"e": Recon()}, rows(), context, lambda *_: None, inputs=taken)
+    assert not asked
+    measure({"e": OfSplices()}, rows(), context, lambda *_: None, inputs=taken)
+    assert len(asked) == 1
