@@ -20,7 +20,6 @@ from sae_runner.report.pareto import draw_pareto
 from sae_runner.report.proxy import Correlation, proxy_correlations
 from sae_runner.report.runs import choose_metrics, find_runs, load_runs
 from sae_runner.report.sections import (
-    Section,
     comparisons_json,
     firing_section,
     proxy_section,
@@ -31,6 +30,7 @@ from sae_runner.report.sections import (
 from sae_runner.report.table import (
     EXPECTED_HEADS,
     Column,
+    Section,
     columns_of,
     csv_text,
     expected_rows,

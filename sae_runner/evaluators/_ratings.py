@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,15 +15,21 @@ from sae_runner.evaluators._rater_agreement import (
 from sae_runner.evaluators._responses import SCORES, Response
 from sae_runner.evaluators.base import Findings
 
-if TYPE_CHECKING:
-    from sae_runner.evaluators.human import Origin
-
 LATENT = "latent"
 CONTROLS = ("neuron", "direction", "untrained")
 NO_RESPONSES = (
     "no responses yet: raters open pack.html; then give what they save as "
     "evaluators.human.responses=PATH"
 )
+
+
+class Origin(NamedTuple):
+    """Where an item is from: what the pack does not say."""
+
+    source: str
+    id: int
+    quartile: int
+    """Of log frequency, from 0; -1 for what is no latent."""
 
 
 class Ratings:

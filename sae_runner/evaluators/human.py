@@ -17,7 +17,7 @@ latent's total is higher, ties by half; `u_*` and `p_*` Mann–Whitney's. Interv
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from sae_runner.evaluators._codes import Codes
 from sae_runner.evaluators._controls import Control, Controls, by_frequency
 from sae_runner.evaluators._pack import Pack, Pictures, item_id, plan
 from sae_runner.evaluators._promoted import Outputs, names_of
-from sae_runner.evaluators._ratings import Ratings
+from sae_runner.evaluators._ratings import Origin, Ratings
 from sae_runner.evaluators._responses import SCORES, TOTAL, read_responses, response_files
 from sae_runner.evaluators._showing import ImageView, Showing, TextWindow
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows, Setting
@@ -40,15 +40,6 @@ from sae_runner.models._text import ReadsTokens
 
 N_LABELS, N_PROMPTED = 9, 4
 """Outputs that are named, and examples that they are measured on."""
-
-
-class Origin(NamedTuple):
-    """Where an item is from: what the pack does not say."""
-
-    source: str
-    id: int
-    quartile: int
-    """Of log frequency, from 0; -1 for what is no latent."""
 
 
 @EVALUATORS.register("human")

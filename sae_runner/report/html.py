@@ -8,11 +8,11 @@ from typing import Any
 
 from sae_runner.report.comparison import ABSENT, Comparison
 from sae_runner.report.runs import Run, flat
-from sae_runner.report.sections import Section
 from sae_runner.report.table import (
     EXPECTED_HEADS,
     MISSING,
     Column,
+    Section,
     columns_of,
     expected_rows,
     is_text,

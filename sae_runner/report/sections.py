@@ -3,33 +3,15 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sae_runner.report.heatmap import MOST
 from sae_runner.report.proxy import Correlation
 from sae_runner.report.schema import check
-from sae_runner.report.table import MISSING, show_number
+from sae_runner.report.table import MISSING, Section, show_number
 
 MOST_NAMED = 12
 COMPARISONS_SCHEMA = "sae-run.comparisons/1"
-
-
-class Section(NamedTuple):
-    """One comparison as report.md, the page, the terminal and a CSV file show it."""
-
-    name: str
-    """`similarity`, `firing`, `proxy`: the CSV's name and its key in comparisons.json."""
-    title: str
-    about: str
-    """What the columns mean."""
-    heads: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-    records: list[dict[str, Any]]
-    """All that was found, for JSON and CSV: every digit."""
-    figure: Path | None = None
-    """SVG; a PNG of the same name is beside it."""
 
 
 SIMILARITY_ABOUT = (

@@ -6,13 +6,11 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from sae_runner.report.comparison import ABSENT, Comparison
 from sae_runner.report.expected import interval
-
-if TYPE_CHECKING:
-    from sae_runner.report.sections import Section
 
 MISSING = "—"
 """Not measured, or no key of this config. What could not be computed is `null`."""
@@ -21,6 +19,23 @@ KEPT = {"config": 3, "metric": 2}
 MAX_CELL = 24
 SEPARATOR = 2
 """Width of what stands between two columns of a terminal's table."""
+
+
+class Section(NamedTuple):
+    """One comparison as report.md, the page, the terminal and a CSV file show it."""
+
+    name: str
+    """`similarity`, `firing`, `proxy`: the CSV's name and its key in comparisons.json."""
+    title: str
+    about: str
+    """What the columns mean."""
+    heads: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+    records: list[dict[str, Any]]
+    """All that was found, for JSON and CSV: every digit."""
+    figure: Path | None = None
+    """SVG; a PNG of the same name is beside it."""
 
 
 class Column(NamedTuple):
@@ -218,7 +233,7 @@ def markdown(
     comparison: Comparison,
     left_out: Sequence[str],
     figure: str | None,
-    sections: "Sequence[Section]" = (),
+    sections: Sequence[Section] = (),
 ) -> str:
     """report.md: table, remarks, published numbers, comparisons, config keys, the Pareto figure."""
     columns = columns_of(comparison)

@@ -95,7 +95,6 @@ class Explainer(ABC):
     def explain(self, cases: Sequence[Case]) -> list[Explanation | None]:
         """An explanation of each latent from its examples to explain."""
 
-    @abstractmethod
     def predict(
         self,
         explanations: Sequence[Explanation | None],
@@ -107,6 +106,14 @@ class Explainer(ABC):
 
         For `control` the explanations are those of other latents.
         """
+        return [
+            None if explanation is None else self.verdict(explanation, case)
+            for explanation, case in zip(explanations, cases, strict=True)
+        ]
+
+    def verdict(self, explanation: Explanation, case: Case) -> Verdict:
+        """What one explanation says, where none has to wait for another."""
+        raise NotImplementedError
 
     def counts(self) -> dict[str, float]:
         """Metrics of the explaining itself."""

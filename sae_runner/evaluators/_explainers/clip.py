@@ -135,24 +135,12 @@ class Clip(Explainer):
             found.append(Explanation(" | ".join(self.words[i] for i in chosen), chosen))
         return found
 
-    def predict(
-        self,
-        explanations: Sequence[Explanation | None],
-        cases: Sequence[Case],
-        *,
-        control: bool = False,
-    ) -> list[Verdict | None]:
-        """See `Explainer.predict`."""
-        verdicts: list[Verdict | None] = []
-        for explanation, case in zip(explanations, cases, strict=True):
-            if explanation is None:
-                verdicts.append(None)
-                continue
-            centred = self.images([shown.slot for shown in case.score]) - self.mean
-            likeness = (centred @ self.texts[explanation.rule].T).amax(1).double().numpy()
-            verdicts.append(Verdict([likeness[i : i + 1] for i in range(len(likeness))],
-                                    likeness > 0))  # fmt: skip
-        return verdicts
+    def verdict(self, explanation: Explanation, case: Case) -> Verdict:
+        """See `Explainer.verdict`."""
+        centred = self.images([shown.slot for shown in case.score]) - self.mean
+        likeness = (centred @ self.texts[explanation.rule].T).amax(1).double().numpy()
+        each = [likeness[i : i + 1] for i in range(len(likeness))]
+        return Verdict(each, likeness > 0)
 
     def counts(self) -> dict[str, float]:
         """How many concepts explain anything, and by how much the first is ahead (cosine)."""

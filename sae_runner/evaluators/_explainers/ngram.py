@@ -94,23 +94,10 @@ class NGram(Explainer):
             explanations.append(Explanation(self._in_words(own), Trie(own)))
         return explanations
 
-    def predict(
-        self,
-        explanations: Sequence[Explanation | None],
-        cases: Sequence[Case],
-        *,
-        control: bool = False,
-    ) -> list[Verdict | None]:
-        """See `Explainer.predict`; no model is run."""
-        verdicts: list[Verdict | None] = []
-        for explanation, case in zip(explanations, cases, strict=True):
-            if explanation is None:
-                verdicts.append(None)
-                continue
-            predicted = [self._predicted(explanation.rule, shown) for shown in case.score]
-            said = np.array([bool((p > 0).any()) for p in predicted])
-            verdicts.append(Verdict(predicted, said))
-        return verdicts
+    def verdict(self, explanation: Explanation, case: Case) -> Verdict:
+        """See `Explainer.verdict`; no model is run."""
+        predicted = [self._predicted(explanation.rule, shown) for shown in case.score]
+        return Verdict(predicted, np.array([bool((p > 0).any()) for p in predicted]))
 
     def counts(self) -> dict[str, float]:
         """Share of the texts that keep less than half of their activation in every suffix."""
