@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from sae_fixtures import build
 
-from sae_runner.evaluators._codes import Codes, CodesCollector
+from sae_runner.evaluators._codes import Codes
+from sae_runner.evaluators._collecting import CodesCollector
 from sae_runner.evaluators.base import EvalContext, Rows
 from sae_runner.saes.base import Latents
 

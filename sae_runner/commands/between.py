@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sae_runner.checkpoint import load_sae, read_facts
 from sae_runner.errors import ConfigError, InputError, StoreError
-from sae_runner.evaluators._codes import Codes, CodesCollector, hashed
+from sae_runner.evaluators._codes import Codes
+from sae_runner.evaluators._collecting import CodesCollector, hashed
 from sae_runner.evaluators.base import Rows
 from sae_runner.log import Progress
 from sae_runner.report.comparison import Comparison, config_differences

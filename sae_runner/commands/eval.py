@@ -1,9 +1,8 @@
 """`sae-run eval`: measure a checkpoint on held-out data in shared passes; write report.json."""
 
-import datetime
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,20 @@ from sae_runner import files
 from sae_runner.checkpoint import find_checkpoint, load_sae, read_facts, step_dirs
 from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.entries import read_config
+from sae_runner.commands.envelopes import envelope_of, is_current
 from sae_runner.commands.foreign import GROUP, WITHOUT_TRAINING, as_run, foreign_pipeline
 from sae_runner.commands.job import Job
+from sae_runner.commands.passes import context_of, input_pass
 from sae_runner.commands.pipeline import Pipeline
-from sae_runner.config import plain, resolve_device
-from sae_runner.data.base import Ids, Split
+from sae_runner.config import resolve_device
 from sae_runner.errors import ConfigError, Incomplete, InputError, StoreError
-from sae_runner.evaluators._shared_pass import InputPass, encoded, measure
-from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows
+from sae_runner.evaluators._shared_pass import measure
+from sae_runner.evaluators.base import Evaluator, Findings
 from sae_runner.interchange import recognise
 from sae_runner.log import log_to, working
-from sae_runner.models.base import Inputs
-from sae_runner.report.assemble import artifacts_of, report_path, write_findings, write_report
+from sae_runner.report.assemble import report_path, write_findings, write_report
 from sae_runner.report.figures import draw_run
-from sae_runner.report.schema import EVAL_SCHEMA, check_envelope, load_report
-from sae_runner.saes.base import SAE
-from sae_runner.store.activations import Activations
-from sae_runner.store.loading import load_batches
+from sae_runner.report.schema import check_envelope, load_report
 
 log = logging.getLogger("sae_runner")
 
@@ -128,37 +124,7 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
         if path.parent == run_dir and not (run_dir / "figures").is_dir():
             draw_run(run_dir)  # It was stopped between the two.
         return log.info("report is there: %s", path)
-    failures: dict[str, Exception] = {}
-    unfinished: dict[str, str] = {}
-    if todo:
-        store = pipeline.open_store()
-        if store.d_in != facts["d_in"]:
-            raise StoreError(
-                f"checkpoint={folder}: its d_in is {facts['d_in']}, the store's is {store.d_in}"
-            )
-        sae = load_sae(folder).to(resolve_device(pipeline.root.device))
-
-        def keep(name: str, findings: Findings, cost: dict[str, Any]) -> None:
-            envelope = envelope_of(name, todo[name], findings, pipeline, facts, folder, cost)
-            check_envelope(envelope, name)
-            write_findings(eval_dir, name, findings)
-            files.write_json(eval_dir / f"{name}.json", envelope)
-            if findings.incomplete:
-                unfinished[name] = findings.incomplete
-
-        options, context = pipeline.eval_options, context_of(sae, store, pipeline)
-        failures = measure(
-            todo,
-            store.rows("heldout", options.batch_size, options.n_rows),
-            context,
-            keep,
-            inputs=input_pass(store, pipeline, len(context.example_ids)),
-            keep_bytes=options.keep_bytes,
-            folder=eval_dir,
-        )
-        for name, error in failures.items():
-            known = isinstance(error, InputError)
-            log.error("evaluator %s failed: %s", name, error, exc_info=None if known else error)
+    failures, unfinished = measured(todo, pipeline, folder, eval_dir) if todo else ({}, {})
     record = run_record(run_dir)
     write_report(
         path,
@@ -186,6 +152,46 @@ def evaluate(run_dir: Path, pipeline: Pipeline, *, force: bool, folder: Path | N
     refuse_failures(failures, unfinished)
 
 
+def measured(
+    todo: Mapping[str, Evaluator], pipeline: Pipeline, folder: Path, eval_dir: Path
+) -> tuple[dict[str, Exception], dict[str, str]]:
+    """Run evaluators on a checkpoint and keep what each finds; what failed, and what did in part.
+
+    Raises:
+        StoreError: the checkpoint is not of these activations.
+    """
+    store, facts = pipeline.open_store(), read_facts(folder)
+    if store.d_in != facts["d_in"]:
+        raise StoreError(
+            f"checkpoint={folder}: its d_in is {facts['d_in']}, the store's is {store.d_in}"
+        )
+    sae = load_sae(folder).to(resolve_device(pipeline.root.device))
+    options, context = pipeline.eval_options, context_of(sae, store, pipeline)
+    unfinished: dict[str, str] = {}
+
+    def keep(name: str, findings: Findings, cost: dict[str, Any]) -> None:
+        envelope = envelope_of(name, todo[name], findings, pipeline, facts, folder, cost)
+        check_envelope(envelope, name)
+        write_findings(eval_dir, name, findings)
+        files.write_json(eval_dir / f"{name}.json", envelope)
+        if findings.incomplete:
+            unfinished[name] = findings.incomplete
+
+    failures = measure(
+        todo,
+        store.rows("heldout", options.batch_size, options.n_rows),
+        context,
+        keep,
+        inputs=input_pass(store, pipeline, len(context.example_ids)),
+        keep_bytes=options.keep_bytes,
+        folder=eval_dir,
+    )
+    for name, error in failures.items():
+        known = isinstance(error, InputError)
+        log.error("evaluator %s failed: %s", name, error, exc_info=None if known else error)
+    return failures, unfinished
+
+
 def refuse_failures(failures: Mapping[str, Exception], unfinished: Mapping[str, str]) -> None:
     """End the command with what could not be measured, once all the rest is written.
 
@@ -208,26 +214,6 @@ def first_line(error: Exception) -> str:
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
-def input_pass(store: Activations, pipeline: Pipeline, n_heldout: int) -> InputPass:
-    """The inputs that the model is run on with the SAE in it: the first that the store visits."""
-    n, loading = pipeline.eval_options.n_examples, pipeline.loading
-
-    def ids() -> Ids:
-        return pipeline.plan(pipeline.site).ids["heldout"][:n]
-
-    def batches() -> Iterator[Inputs]:
-        for loaded in load_batches(
-            pipeline.dataset, pipeline.model, ids(), loading.batch_size, loading.workers
-        ):
-            if loaded.inputs is not None:  # What cannot be read was named when it was stored.
-                yield loaded.inputs
-
-    return InputPass(
-        lambda: pipeline.model, batches, min(n, n_heldout),
-        lambda: store.stats(1).mean[-store.d_out :],
-    )  # fmt: skip
-
-
 def unmeasured(
     run_dir: Path, pipeline: Pipeline, folder: Path, force: bool
 ) -> dict[str, Evaluator]:
@@ -236,33 +222,13 @@ def unmeasured(
     return {
         name: evaluator
         for name, evaluator in pipeline.evaluators.items()
-        if force or not _is_current(eval_dir / f"{name}.json", pipeline, name, evaluator, facts)
+        if force or not is_current(eval_dir / f"{name}.json", pipeline, name, evaluator, facts)
     }
 
 
 def settled(record: Mapping[str, Any]) -> dict[str, Any]:
     """Width and k of a run's SAE, as numbers."""
     return {key: value for key, value in record["identity"]["sae"].items() if key in SETTLED}
-
-
-def _is_current(
-    path: Path, pipeline: Pipeline, name: str, evaluator: Evaluator, facts: dict[str, Any]
-) -> bool:
-    """Whether an envelope was made by the same evaluator, options, rows and weights."""
-    try:
-        envelope = json.loads(path.read_text())
-        check_envelope(envelope, str(path))
-    except FileNotFoundError:
-        return False
-    except ValueError as error:
-        log.warning("%s is measured again: %s", name, error)
-        return False
-    found = (envelope["evaluator_version"], envelope["config"], envelope["sae"]["sha256"])
-    if envelope.get("incomplete"):
-        return False
-    config = _config_of(pipeline, name)
-    same: bool = found == (evaluator.version, config, facts["sha256"]["sae.safetensors"])
-    return same
 
 
 def _is_reported(path: Path, eval_dir: Path, pipeline: Pipeline) -> bool:
@@ -275,82 +241,3 @@ def _is_reported(path: Path, eval_dir: Path, pipeline: Pipeline) -> bool:
     on_disk.pop("report", None)
     same: bool = report["run"]["checkpoint"] == eval_dir.name and report["evaluators"] == on_disk
     return same and report["config"].get("expected") == pipeline.cfg.get("expected")
-
-
-def _config_of(pipeline: Pipeline, name: str) -> dict[str, Any]:
-    """All that decides an evaluator's findings besides rows and weights."""
-    evaluator, options = pipeline.evaluators[name], pipeline.eval_options._asdict()
-    sizes = {key: options[key] for key in (*evaluator.sizes, "seed")}
-    found = {**plain(pipeline.cfg["evaluators"][name]), "eval": sizes}
-    reads = evaluator.reads()
-    return {**found, "reads": reads} if reads else found
-
-
-def context_of(sae: SAE, store: Activations, pipeline: Pipeline) -> EvalContext:
-    """What evaluators may ask for besides the rows."""
-    n_rows, wanted = store.n_rows("heldout"), pipeline.eval_options.n_rows
-    mean = store.heldout_mean()
-
-    def rows(split: Split, n_examples: int) -> Iterator[Rows]:
-        size = pipeline.eval_options.batch_size
-        return (encoded(sae, batch) for batch in store.rows(split, size, n_examples=n_examples))
-
-    return EvalContext(
-        sae=sae,
-        n_rows=min(wanted or n_rows, n_rows),
-        example_ids=store.example_ids("heldout"),
-        seed=pipeline.eval_options.seed,
-        mean=mean,
-        # The parts of an image; a text's class token makes no picture of it.
-        n_prefix=store.site.n_prefix if store.site.grid else 0,
-        has_cls=store.site.has_cls and store.site.grid is not None,
-        dataset=lambda: pipeline.dataset,
-        model=lambda: pipeline.model,
-        setting=pipeline.setting,
-        n_latents=pipeline.eval_options.n_latents,
-        rows=rows,
-    )
-
-
-def envelope_of(
-    name: str,
-    evaluator: Evaluator,
-    findings: Findings,
-    pipeline: Pipeline,
-    facts: dict[str, Any],
-    folder: Path,
-    cost: dict[str, Any],
-) -> dict[str, Any]:
-    """An evaluator's findings with everything needed to know what they are of."""
-    site = pipeline.site
-    return {
-        "schema": EVAL_SCHEMA,
-        "evaluator": name,
-        "type": str(pipeline.cfg["evaluators"][name]["type"]),
-        "evaluator_version": evaluator.version,
-        "axis": evaluator.axis,
-        "run_id": folder.parent.parent.name,
-        "timestamp_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": pipeline.eval_options.seed,
-        "host": facts["model"],
-        "site": {"name": site.name, "module": site.module, "d": site.d, "tokens": facts["tokens"]},
-        "sae": {
-            **facts["sae"],
-            "checkpoint": folder.name,
-            "sha256": facts["sha256"]["sae.safetensors"],
-        },
-        "data": {
-            **facts["dataset"],
-            "split": "heldout",
-            "n_tokens": cost["sae_encodes"] if evaluator.reads_rows() else 0,
-            **({"n_examples": cost["full_forwards"]} if evaluator.splices else {}),
-        },
-        "config": _config_of(pipeline, name),
-        "metrics": findings.metrics,
-        "ci": findings.ci,
-        "notes": [note._asdict() for note in findings.notes],
-        "series": findings.series,
-        "artifacts": artifacts_of(name, findings),
-        "cost": cost,
-        **({"incomplete": findings.incomplete} if findings.incomplete else {}),
-    }

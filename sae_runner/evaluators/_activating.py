@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from sae_runner.evaluators._codes import Codes, Peaks, PeaksOfMany, hashed
+from sae_runner.evaluators._codes import Codes, Peaks, PeaksOfMany
+from sae_runner.evaluators._collecting import hashed
 
 Numbers = npt.NDArray[np.int64]
 ENTRIES_AT_ONCE = 2**22

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_runner.evaluators._activating import uniform
-from sae_runner.evaluators._codes import Codes, CodesCollector
+from sae_runner.evaluators._codes import Codes
+from sae_runner.evaluators._collecting import CodesCollector
 from sae_runner.evaluators.base import EvalContext, Rows
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE, Latents

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_runner.evaluators._codes import Codes, CodesCollector
+from sae_runner.evaluators._codes import Codes
+from sae_runner.evaluators._collecting import CodesCollector
 from sae_runner.evaluators.base import (
     EvalContext,
     Evaluator,

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sae_runner.data.base import Dataset, Split
+from sae_runner.evaluators._codes import Codes
 from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.saes.base import SAE, Latents
 from sae_runner.site import TokenSelection
 from sae_runner.splice import Run
-
-if TYPE_CHECKING:
-    from sae_runner.evaluators._codes import Codes
 
 Axis = Literal["faithfulness", "interpretability", "both"]
 SpliceKind = Literal["recon", "zero", "mean"]
@@ -102,7 +100,7 @@ class EvalContext:
     """Latents to sample where they are looked at one by one."""
     rows: Callable[[Split, int], Iterator[Rows]] | None = None
     """Encoded rows of the first n examples that the store visits (a seeded sample), whole."""
-    codes: Callable[[], "Codes"] | None = None
+    codes: Callable[[], Codes] | None = None
     """At the end of the pass: its latents by example, where `keeps_codes`."""
     folder: Path | None = None
     """Where this evaluator may keep what it need not do again; it is made when first written."""

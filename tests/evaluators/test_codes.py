@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae_runner.evaluators._codes import Codes, CodesCollector, hashed
+from sae_runner.evaluators._codes import Codes
+from sae_runner.evaluators._collecting import CodesCollector, hashed
 from sae_runner.evaluators.base import Rows
 from sae_runner.saes.base import Latents
 

@@ -7,7 +7,7 @@ from evaluators.conftest import assert_publishable
 from sae_runner.config import preset
 from sae_runner.data.base import Dataset
 from sae_runner.evaluators import EVALUATORS
-from sae_runner.evaluators._codes import CodesCollector
+from sae_runner.evaluators._collecting import CodesCollector
 from sae_runner.evaluators.base import Setting
 from sae_runner.models.base import SiteInfo
 from sae_runner.site import TokenSelection
