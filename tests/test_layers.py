@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sae_runner"
 # A room may import the rooms above it, and itself.
 ROOMS = [
-    {"allocator", "errors", "log", "meters", "signals", "statistics"},
+    {"allocator", "errors", "log", "meters", "ranks", "signals", "statistics"},
     {"config", "files", "distributed"},
     {"data"},
     {"models"},

@@ -3,16 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 
+from sae_runner.ranks import average_ranks
+
 Numbers = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
-
-
-def average_ranks(values: Numbers) -> Numbers:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum().astype(np.float64)
-    ranks: Numbers = (last - (counts - 1) / 2)[group]
-    return ranks
 
 
 def pearson(a: Numbers, b: Numbers) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sae_runner.evaluators._agreement import auc, balanced_accuracy
 from sae_runner.evaluators._logistic import Singles, bce, entropy, fit_few, fit_full, fit_singles
 from sae_runner.evaluators._pooling import Pooled
 from sae_runner.evaluators._tasks import Task
@@ -96,7 +97,7 @@ def _best_latent(singles: Singles, latents: Side, y_test: Labels) -> dict[str, A
         "probe_loss_train_min": float(singles.loss[best]),
         "best_latent": None if no_latent else best,
         "best_latent_acc": accuracy(logit, y_test),
-        "best_latent_balanced_acc": balanced_accuracy(logit, y_test),
+        "best_latent_balanced_acc": balanced_accuracy(y_test, logit > 0),
         "best_latent_auc": auc(logit, y_test),
         "w": float(singles.w[best]),
         "b": float(singles.b[best]),
@@ -166,16 +167,3 @@ def _accuracy_of(
 def accuracy(logit: Values, y: Labels) -> float:
     """Share of examples on the right side of p = 1/2."""
     return float(((logit > 0) == y).mean())
-
-
-def balanced_accuracy(logit: Values, y: Labels) -> float:
-    """Mean of the accuracies on both classes."""
-    right = (logit > 0) == y
-    return float((right[y].mean() + right[~y].mean()) / 2)
-
-
-def auc(logit: Values, y: Labels) -> float:
-    """Area under the ROC curve: how often a true example has the larger logit; ties count half."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(y, logit))

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_runner.errors import ConfigError, did_you_mean
+from sae_runner.ranks import Ranks, average_ranks
 from sae_runner.report.comparison import Comparison
 from sae_runner.report.options import ProxyOptions
 from sae_runner.report.runs import Run
 from sae_runner.report.table import show_value
 
 ALL = "all runs"
-Ranks = npt.NDArray[np.float64]
 
 
 class Correlation(NamedTuple):
@@ -43,23 +43,6 @@ class Correlation(NamedTuple):
     def is_firm(self) -> bool:
         """Whether the interval is on one side of 0."""
         return self.lo is not None and self.hi is not None and (self.lo > 0 or self.hi < 0)
-
-
-def average_ranks(values: npt.NDArray[Any]) -> Ranks:
-    """Ranks from 1 along the last axis; equal values share the mean of theirs."""
-    order = np.argsort(values, axis=-1, kind="stable")
-    ordered = np.take_along_axis(values, order, axis=-1)
-    n = values.shape[-1]
-    place = np.broadcast_to(np.arange(n), values.shape)
-    new = np.ones(values.shape, bool)
-    new[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    last = np.ones(values.shape, bool)
-    last[..., :-1] = new[..., 1:]
-    begin = np.maximum.accumulate(np.where(new, place, 0), axis=-1)
-    end = np.minimum.accumulate(np.where(last, place, n)[..., ::-1], axis=-1)[..., ::-1]
-    ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, (begin + end) / 2 + 1, axis=-1)
-    return ranks
 
 
 def spearman(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Ranks:
