@@ -90,8 +90,11 @@ def options_of(group: str) -> list[str]:
 
 
 def preset(group: str, name: str) -> dict[str, Any]:
-    """The keys of a built-in option's own YAML, without the options that it composes."""
-    loaded = plain(cast(DictConfig, OmegaConf.load(f"{config_dir()}/{group}/{name}.yaml")))
+    """The keys of a built-in option's own YAML as they stand there, `${…}` unresolved.
+
+    The options that it composes are left out.
+    """
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(f"{config_dir()}/{group}/{name}.yaml"))
     return {key: value for key, value in loaded.items() if key != "defaults"}
 
 

@@ -56,6 +56,23 @@ def test_every_option_composes_and_fits_its_class(path):
         assert cfg["expected"] is None or isinstance(cfg["expected"], list)
 
 
+@pytest.mark.parametrize(
+    ("profile", "n_train", "n_test", "n_words"),
+    [("smoke", 1_000, 500, 2_000), ("standard", 4_000, 1_000, None), ("full", 20_000, 5_000, None)],
+)
+def test_a_profile_sizes_probes_and_absorption_unless_the_command_does(
+    profile, n_train, n_test, n_words
+):
+    words = ["evaluators=[probes,absorption]", f"eval={profile}"]
+    cfg = OmegaConf.to_container(composed(*words), resolve=True)["evaluators"]
+    assert (cfg["probes"]["n_train"], cfg["probes"]["n_test"]) == (n_train, n_test)
+    assert cfg["absorption"]["n_words"] == n_words
+    words += ["eval.n_words=90", "eval.n_probe_train=70", "evaluators.probes.n_test=80"]
+    cfg = OmegaConf.to_container(composed(*words), resolve=True)["evaluators"]
+    assert (cfg["probes"]["n_train"], cfg["probes"]["n_test"]) == (70, 80)
+    assert cfg["absorption"]["n_words"] == 90
+
+
 @pytest.mark.parametrize("registry", [SAES, EVALUATORS], ids=lambda r: r.kind)
 def test_every_type_has_a_yaml_of_its_name(registry):
     group = "sae" if registry is SAES else "evaluators"

@@ -109,11 +109,17 @@ class StoreOptions(NamedTuple):
 
 
 class EvalOptions(NamedTuple):
-    """The `eval` block: how much the evaluators see."""
+    """The `eval` block: how much the evaluators see.
+
+    Of `n_probe_train`, `n_probe_test` and `n_words` the YAML of evaluators makes options of theirs.
+    """
 
     n_rows: int | None
     n_examples: int
     n_latents: int
+    n_probe_train: int
+    n_probe_test: int
+    n_words: int | None
     batch_size: int
     keep_gb: float
     seed: int
@@ -125,12 +131,18 @@ class EvalOptions(NamedTuple):
         n_rows: Positive | None,
         n_examples: Positive,
         n_latents: Positive,
+        n_probe_train: Positive,
+        n_probe_test: Positive,
+        n_words: Positive | None,
         batch_size: Positive,
         keep_gb: PositiveFloat,
         seed: NonNegative,
     ) -> "EvalOptions":
         """Typed and in range."""
-        return cls(n_rows, n_examples, n_latents, batch_size, keep_gb, seed)
+        return cls(
+            n_rows, n_examples, n_latents, n_probe_train, n_probe_test, n_words, batch_size,
+            keep_gb, seed,
+        )  # fmt: skip
 
     @property
     def keep_bytes(self) -> int:

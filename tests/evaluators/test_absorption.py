@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from evaluators.conftest import Given, assert_publishable
-from omegaconf import OmegaConf
 from scipy import sparse
 
-from sae_runner.config import config_dir, preset
+from sae_runner.config import preset
 from sae_runner.data.base import Dataset
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
@@ -373,5 +372,5 @@ def test_what_it_cannot_be_measured_on_is_refused():
 
 
 def test_the_yaml_has_every_option():
-    cfg = OmegaConf.load(f"{config_dir()}/evaluators/absorption.yaml")["absorption"]
-    assert EVALUATORS.build(cfg).n_words == 2000
+    cfg = preset("evaluators", "absorption")["absorption"]
+    assert EVALUATORS.build(cfg | {"n_words": None}).n_lines == 10

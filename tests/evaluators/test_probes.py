@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from evaluators.conftest import Given, assert_publishable
-from omegaconf import OmegaConf
 from scipy import sparse
 from sklearn.metrics import accuracy_score
 
-from sae_runner.config import config_dir, preset
+from sae_runner.config import preset
 from sae_runner.data.base import Dataset, Example, Unreadable
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
@@ -30,7 +29,8 @@ from sae_runner.models.base import SiteInfo
 from sae_runner.saes.base import Latents
 from sae_runner.site import TokenSelection
 
-CFG = preset("evaluators", "probes")["probes"] | {
+SIZES = {"n_train": 4000, "n_test": 1000}
+CFG = preset("evaluators", "probes")["probes"] | SIZES | {
     "tasks": ["labels"], "k": [1, 2], "strengths": [0.01, 1.0], "n_folds": 3, "n_bootstrap": 100,
 }  # fmt: skip
 OPTIONS = Options(1e-4, (1, 2, 5), (0.01, 1.0), 3, 0)
@@ -394,5 +394,4 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_the_yaml_has_every_option():
-    cfg = OmegaConf.load(f"{config_dir()}/evaluators/probes.yaml")["probes"]
-    assert EVALUATORS.build(cfg).ridge == 1e-4
+    assert EVALUATORS.build(preset("evaluators", "probes")["probes"] | SIZES).ridge == 1e-4
