@@ -72,9 +72,11 @@ class Controls:
         none = torch.zeros(0, dtype=torch.int64)
         if not n or context.rows is None:
             return None, none
-        x = torch.cat([rows.x.cpu() for rows in context.rows("train", N_SAMPLE_EXAMPLES)])
-        sae = untrained_like(context.sae, x, self.seed)
-        fired = sae(x).latents.fired.cpu().numpy()
+        sample = list(context.rows("train", N_SAMPLE_EXAMPLES))
+        read = torch.cat([rows.source for rows in sample]).cpu()
+        x = None if sample[0].read is None else torch.cat([rows.x for rows in sample]).cpu()
+        sae = untrained_like(context.sae, read, self.seed, target=x)
+        fired = sae(read).latents.fired.cpu().numpy()
         return sae.to(context.sae.b_dec.device), torch.from_numpy(
             by_frequency(np.flatnonzero(fired), fired, n, self.seed)
         )
@@ -84,7 +86,9 @@ class Controls:
         x = rows.x.float()
         parts = [x[:, self.neurons.to(x.device)].relu(), (x @ self.directions.to(x).T).relu()]
         if self.untrained is not None:
-            parts.append(columns(self.untrained(x).latents, self.chosen.to(x.device)))
+            parts.append(
+                columns(self.untrained(rows.source.float()).latents, self.chosen.to(x.device))
+            )
         latents = Latents.from_entries(*entries_of(torch.cat(parts, 1)))
         self.collector.add(rows._replace(latents=latents))
 
@@ -109,11 +113,22 @@ def columns(latents: Latents, chosen: Tensor) -> Float[Tensor, "n m"]:
     return found.float()
 
 
-def untrained_like(sae: SAE, x: Float[Tensor, "n d"], seed: int) -> SAE:
-    """An SAE of the same options, initialised on rows `x` as training would, and never trained."""
+def untrained_like(
+    sae: SAE,
+    x: Float[Tensor, "n d_in"],
+    seed: int,
+    *,
+    target: Float[Tensor, "n d_out"] | None = None,
+) -> SAE:
+    """An SAE of the same options, initialised on rows `x` as training would, and never trained.
+
+    A transcoder's weights depend on the rows of its `target` too.
+    """
     fresh: SAE = SAES.build(sae.config(), d_in=sae.d_in, d_out=sae.d_out)
     norms = x.norm(dim=1)
-    stats = ActivationStats(x.mean(0), float(norms.mean()), float(norms.square().mean()), x)
+    stored = x if target is None else torch.cat([x, target], 1)
+    square = float(norms.square().mean())
+    stats = ActivationStats(stored.mean(0), float(norms.mean()), square, stored)
     fresh.initialise(stats, torch.Generator().manual_seed(seed + _UNTRAINED))
     fresh.settle(1.0)
     if fresh.calibrates:

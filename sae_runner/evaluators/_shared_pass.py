@@ -7,6 +7,7 @@ splice that anybody wants. An evaluator that fails is left out from there on; th
 import functools
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,14 +56,14 @@ class Cost:
         self.started, self.names = time.perf_counter(), sorted(names)
         self.sae_encodes = self.full_forwards = self.partial_forwards = 0
 
-    def block(self, finish_s: float) -> dict[str, Any]:
-        """Of an evaluator whose `finish` took so long."""
+    def block(self, finish_s: float, own: Counter[str]) -> dict[str, Any]:
+        """Of an evaluator whose `finish` took so long, and who ran the model itself `own` times."""
         return {
             "wall_s": round(time.perf_counter() - self.started, 3),
             "finish_s": round(finish_s, 3),
             "sae_encodes": self.sae_encodes,
-            "full_forwards": self.full_forwards,
-            "partial_forwards": self.partial_forwards,
+            "full_forwards": self.full_forwards + own["full_forwards"],
+            "partial_forwards": self.partial_forwards + own["partial_forwards"],
             "shared_with": self.names,
             "peak_rss_mib": peak_rss_mib(),
         }
@@ -116,11 +117,11 @@ def measure(
         What failed, by evaluator.
     """
     going, cost = Going(evaluators), Cost(list(evaluators))
-    codes = _Lazy()
+    codes, spent = _Lazy(), {name: Counter[str]() for name in evaluators}
     for name, evaluator in going.each():
         own = None if folder is None else folder / name
         with going.attempt(name):
-            evaluator.start(replace(context, codes=codes, folder=own))
+            evaluator.start(replace(context, codes=codes, folder=own, spent=spent[name]))
     if any(evaluator.reads_rows() for _, evaluator in going.each()):
         codes.collector = _rows_pass(going, rows, context, cost, keep_bytes)
     if any(evaluator.splices for _, evaluator in going.each()):
@@ -131,7 +132,7 @@ def measure(
         with going.attempt(name), working(f"eval: {name}"):
             found = evaluator.finish()
         if name not in going.failures:  # What goes wrong in keeping it is not the evaluator's.
-            on_found(name, found, cost.block(time.perf_counter() - began))
+            on_found(name, found, cost.block(time.perf_counter() - began, spent[name]))
     return going.failures
 
 
@@ -152,9 +153,10 @@ class _Lazy:
 def encoded(sae: SAE, batch: Any) -> Rows:
     """A batch of stored rows on the SAE's device, with latents and reconstruction."""
     stored = batch.x.to(sae.b_dec.device)
-    x_hat, latents = sae(sae.input_of(stored))
-    x = sae.target_of(stored)
-    return Rows(x, latents, x_hat, batch.example_id, batch.position, batch.label)
+    read, x = sae.input_of(stored), sae.target_of(stored)
+    x_hat, latents = sae(read)
+    of = batch.example_id, batch.position, batch.label
+    return Rows(x, latents, x_hat, *of, None if read is x else read)
 
 
 def _rows_pass(

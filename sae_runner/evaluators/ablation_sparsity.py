@@ -114,6 +114,7 @@ class AblationSparsity(Evaluator):
         context = self.context
         assert context.setting is not None
         site, place = context.setting.site, context.setting.spliced_site
+        context.spent["full_forwards"] += len(inputs)
         seen = model.record(inputs, list(dict.fromkeys([site.name, place.name])))
         x, y = seen[site.name], seen[place.name]
         keep = context.setting.selection.mask(site, inputs, x.shape[1])
@@ -125,6 +126,7 @@ class AblationSparsity(Evaluator):
         start, n = 0, 1  # One, to see how many numbers it gives.
         while start < len(pairs.latent):
             part = pairs.part(start, start + n)
+            context.spent["partial_forwards"] += (1 + len(REMOVED)) * len(part.latent)
             found = changes(model, head, inputs, place.name, y, part, self.n_positions)
             share, effect = effective_share(found.delta, found.counted)
             too_small = effect <= ROUNDING * found.rounding.unsqueeze(1)

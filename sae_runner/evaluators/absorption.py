@@ -181,6 +181,7 @@ class Absorption(Evaluator):
             scalars.note("n_lines", "not_applicable", f"{detail}{model.context} tokens at most")
         x, latents = [], []
         with Progress("absorption", len(words), "words") as progress:
+            context.spent["full_forwards"] += len(prompts)
             for part in shown(prompts, model, context.sae, site, self.batch_size):
                 x.append(part.x.detach().cpu().double().numpy())
                 values = part.latents.values.detach().cpu().double().numpy()

@@ -10,6 +10,7 @@ every architecture; sums are kept in float64 and ratios are taken at the end.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,13 @@ class Rows(NamedTuple):
     """Token position within the example."""
     label: Int64[Tensor, " n"] | None
     """Class, -1 where an example has none; None where the dataset has no classes."""
+    read: Float[Tensor, "n d_read"] | None = None
+    """What the SAE reads, where that is another site than `x`: a transcoder's."""
+
+    @property
+    def source(self) -> Tensor:
+        """What the SAE reads, [n, d_read]."""
+        return self.x if self.read is None else self.read
 
 
 class Spliced(NamedTuple):
@@ -104,6 +112,8 @@ class EvalContext:
     """At the end of the pass: its latents by example, where `keeps_codes`."""
     folder: Path | None = None
     """Where this evaluator may keep what it need not do again; it is made when first written."""
+    spent: Counter[str] = field(default_factory=Counter)
+    """Examples that this evaluator itself ran the model on: `full_forwards`, `partial_forwards`."""
 
 
 class Note(NamedTuple):

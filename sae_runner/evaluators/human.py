@@ -123,10 +123,7 @@ class Human(Evaluator):
             first = items.read_text("utf-8")[: 2 * len('{"pack": ""') + 64]
             if f'"{self.responses[0].pack}"' not in first:
                 self._refuse(items)
-        wanted = dict(self.controls_of)
-        if context.setting is not None and context.setting.target is not None:
-            wanted["n_untrained"] = 0  # It reads another site than the rows are of.
-        self.controls = Controls(context, **wanted)
+        self.controls = Controls(context, **self.controls_of)
 
     def _refuse(self, where: object) -> None:
         given = self.responses[0].pack

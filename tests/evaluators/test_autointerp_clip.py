@@ -11,6 +11,7 @@ from sae_runner.config import preset
 from sae_runner.data.base import Dataset, Example
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators._explainers import clip
 from sae_runner.evaluators._explainers.clip import embed_concepts
 from sae_runner.evaluators.base import Setting
 from sae_runner.models._text import TextTower
@@ -48,6 +49,9 @@ class Tower(Model, TextTower):
         assert not edits
         self.n_seen += len(inputs)
         return self.vectors[inputs.ids] * (1 + inputs.ids[:, None])  # Norms mean nothing.
+
+    def fingerprint(self):
+        return str(float(self.vectors[0, 0]))
 
 
 class Images(Dataset):
@@ -195,3 +199,60 @@ def test_what_cannot_be_explained_is_refused(planted, tmp_path):
 def test_numbers_of_frequency(planted):
     columns = measured(planted)[0].tables["latents"]
     np.testing.assert_allclose(columns["freq"], 1 / 3)
+
+
+def test_a_judge_predicts_and_the_host_explains(planted, monkeypatch):
+    """A judge that takes apples for pears finds the host's explanations of both wrong."""
+    _, vectors = planted
+    swapped = vectors.clone()
+    swapped[:, [0, 1]] = vectors[:, [1, 0]]
+    judge = bare(Tower, vectors=swapped)
+    built = []
+
+    def build(options, device, **_):
+        built.append(options["arch"])
+        return judge
+
+    monkeypatch.setattr(clip, "build_judge", build)
+    findings, host = measured(planted, backend={"judge": "clip_vit_b16"})
+    columns = findings.tables["latents"]
+    assert columns["explanation"] == ["red apple", "green pear", "blue plum"]
+    assert columns["spearman"][0] < 0 and columns["spearman"][1] < 0 < 0.9 < columns["spearman"][2]
+    assert set(built) == {"ViT-B-16"} and judge.n_seen and host.n_seen
+    assert not [note for note in findings.notes if "same model judges" in note.detail]
+    judge.vectors = vectors
+    findings, _ = measured(planted, backend={"judge": "clip_vit_b16"})
+    assert findings.tables["latents"]["auc"] == [1, 1, 1]
+    (note,) = [note for note in findings.notes if "same model judges" in note.detail]
+    assert "the host's own weights" in note.detail
+
+
+@pytest.mark.parametrize(
+    ("judge", "line"),
+    [
+        (
+            "clip_vit_b61",
+            "judge=clip_vit_b61: is no preset of a model. Did you mean 'clip_vit_b16'",
+        ),
+        ({"weights": "x"}, "judge=.*: is no preset"),
+        ({"preset": "clip_vit_b16", "weight": "x"}, "judge.weight: no such option.*'weights'"),
+        ("tiny_clip", "judge=tiny_clip: this model has no weights of its own; use {preset"),
+        ("dinov2_b14", "timm model has no text tower"),
+        ({"preset": "clip_vit_b16", "weights": "opnai"}, r"^backend.judge.weights=opnai: "),
+    ],
+)
+def test_judges_that_cannot_be(planted, judge, line):
+    with pytest.raises(ConfigError, match=line):
+        measured(planted, backend={"judge": judge})
+
+
+def test_a_judge_of_local_weights_is_known_by_them(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"one")
+    judge = {"preset": "clip_vit_b16", "weights": str(tmp_path / "a.pt")}
+    cfg = {**CFG, "backend": {**CFG["backend"], "judge": judge}}
+    before = EVALUATORS.build(cfg).reads()
+    assert set(before) == {"judge"} and EVALUATORS.build(cfg).reads() == before
+    (tmp_path / "a.pt").write_bytes(b"two")
+    assert EVALUATORS.build(cfg).reads() != before
+    cfg["backend"]["judge"] = "clip_vit_b16"
+    assert EVALUATORS.build(cfg).reads() == {}

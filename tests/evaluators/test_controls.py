@@ -2,8 +2,10 @@ import pytest
 import torch
 from sae_fixtures import build, stats_of
 
+from sae_runner.config import preset
 from sae_runner.evaluators._controls import Controls, columns, untrained_like
 from sae_runner.evaluators.base import EvalContext, Rows
+from sae_runner.saes import SAES
 from sae_runner.saes.base import Latents
 
 D, D_SAE, N = 8, 32, 400
@@ -74,3 +76,31 @@ def test_columns_of_sparse_latents_are_those_of_dense_ones():
     f[f < 0.6] = 0
     chosen = torch.tensor([2, 7, 11])
     assert torch.equal(columns(Latents.from_dense(f), chosen), f[:, chosen])
+
+
+def test_the_untrained_control_of_a_transcoder_reads_what_the_transcoder_reads():
+    """From other rows than those that the neurons are coordinates of."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(N, D, generator=generator), 5 + torch.randn(N, 4, generator=generator)
+    cfg = preset("sae", "transcoder") | {"d_sae": D_SAE, "expansion": None, "k": 3}
+    trained = SAES.build(cfg, d_in=D, d_out=4)
+    trained.initialise(stats_of(torch.cat([x, y], 1)), torch.Generator().manual_seed(0))
+    ids, zeros = torch.arange(N), torch.zeros(N, dtype=torch.int64)
+    rows = Rows(y, trained(x).latents, y, ids, zeros, None, x)
+    context = EvalContext(trained, N, ids.numpy(), 0, rows=lambda split, n: iter([rows]))
+    controls = Controls(context, n_neurons=4, n_directions=1, n_untrained=6)
+    controls.update(rows)
+    found, codes = controls.finish()
+    fresh = untrained_like(trained, x, 0, target=y)
+    torch.testing.assert_close(fresh.b_dec, trained.b_dec)  # A centre of y: no zeros.
+    assert fresh.b_dec.mean() > 0.5
+    for i, control in enumerate(found):
+        row, value = codes.firing(i)
+        acts = torch.zeros(N)
+        acts[row] = value
+        if control.source == "untrained":
+            torch.testing.assert_close(acts, fresh(x).latents.dense()[:, control.id])
+            assert len(row) and len(control.direction) == 4
+        else:
+            torch.testing.assert_close(acts, (y @ control.direction).relu())
+    assert [c.source for c in found[5:]] == ["untrained"] * 6

@@ -91,6 +91,24 @@ def test_rows_are_read_once_for_all_and_only_if_somebody_wants_them(context, hos
     assert found["a"][1]["sae_encodes"] == 10 and found["a"][1]["shared_with"] == ["a", "b", "c"]
 
 
+def test_what_an_evaluator_runs_itself_is_in_its_own_cost(context):
+    class Spends(OfRows):
+        def start(self, context):
+            super().start(context)
+            self.spent = context.spent
+
+        def finish(self):
+            self.spent["full_forwards"] += 3
+            self.spent["partial_forwards"] += 12
+            return super().finish()
+
+    for _ in range(2):  # Nothing is left of the first time.
+        found, _ = passes({"spends": Spends(), "sound": OfRows()}, context, rows())
+        runs = [[found[name][1][f"{kind}_forwards"] for kind in ("full", "partial")]
+                for name in ("spends", "sound")]  # fmt: skip
+        assert runs == [[3, 12], [0, 0]]
+
+
 def test_splices_replace_the_selected_tokens_and_nothing_else(context, host, inputs, reference):
     evaluator = OfSplices()
     found, failures = passes({"e": evaluator}, context, rows(), host, inputs)

@@ -10,9 +10,11 @@ the data, and t_c the unit embedding of concept c (the mean over the sentences t
 `centre` takes the mean over the vocabulary from every t_c first, and normalises again: texts lie in
 a narrow cone, apart from the images. v̄ moves ŝ of a concept by a constant, which changes no rank.
 
-The model whose latents these are embeds images and words itself: it judges its own latents.
+The model whose latents these are embeds images and words itself, and so judges its own latents;
+with a `judge`, another CLIP's embeddings predict, and the host's only explain.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,11 +30,13 @@ from sae_runner.config import Positive
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators._activating import LATENTS, uniform
 from sae_runner.evaluators._explainers import EXPLAINERS
+from sae_runner.evaluators._explainers._judge import build_judge, hash_of_weights, judge_options
 from sae_runner.evaluators._explainers.base import Case, Explainer, Explanation, Verdict
 from sae_runner.evaluators._showing import Showing
 from sae_runner.evaluators.base import EvalContext, Note, Setting
 from sae_runner.log import Progress
 from sae_runner.models._text import TextTower
+from sae_runner.models.base import Model
 
 AT_ONCE = 256
 
@@ -47,6 +51,8 @@ class Clip(Explainer):
         centre: take the mean text from each concept.
         n_concepts: how many best concepts explain a latent together.
         n_reference: images whose mean embedding is v̄.
+        judge: the CLIP that predicts: a `model` preset by its name, or that with options of its
+            own, {preset: clip_vit_b16, weights: FILE}; None for the host itself.
     """
 
     modality = "image"
@@ -59,9 +65,11 @@ class Clip(Explainer):
         centre: bool,
         n_concepts: Positive,
         n_reference: Positive,
+        judge: Any,
     ) -> None:
         self.vocabulary, self.templates, self.centre = vocabulary, templates, centre
         self.n_concepts, self.n_reference = n_concepts, n_reference
+        self.judge = None if judge is None else judge_options(judge)
 
     def check(self, setting: Setting) -> None:
         """See `Explainer.check`."""
@@ -73,15 +81,20 @@ class Clip(Explainer):
         n = len(self.concepts(setting.dataset.label_names))
         if n < max(2, self.n_concepts):
             raise ConfigError(f"backend.vocabulary={self.vocabulary}: {n} concepts are too few")
+        if self.judge is not None:
+            build_judge(self.judge, torch.device("cpu"), meta=True)
 
     def reads(self) -> dict[str, str]:
-        """The vocabulary's hash."""
-        if self.vocabulary is None:
-            return {}
-        try:
-            return {"vocabulary": files.sha256(Path(self.vocabulary).expanduser())}
-        except OSError as error:
-            raise self._unreadable(error) from None
+        """Hashes of the vocabulary, and of the judge's weights where they are here."""
+        found = {}
+        if self.vocabulary is not None:
+            try:
+                found["vocabulary"] = files.sha256(Path(self.vocabulary).expanduser())
+            except OSError as error:
+                raise self._unreadable(error) from None
+        if self.judge is not None and (known := hash_of_weights(self.judge)):
+            found["judge"] = known
+        return found
 
     def _unreadable(self, error: OSError) -> ConfigError:
         return ConfigError(f"backend.vocabulary={self.vocabulary}: {error.strerror}")
@@ -109,25 +122,34 @@ class Clip(Explainer):
     def start(self, context: EvalContext, showing: Showing) -> None:
         """Embed the vocabulary and the images of reference."""
         assert context.setting is not None
-        self.showing, self.embedded = showing, dict[int, Tensor]()
         self.margins: list[float] = []
         self.labels: set[str] = set()
         self.words = self.concepts(context.setting.dataset.label_names)
-        tower = cast(TextTower, showing.model)
-        texts = embed_concepts(tower, self.words, self.templates or tower.templates)
-        self.texts = normalize(texts - texts.mean(0), dim=1) if self.centre else texts
         every = showing.codes.example_ids.numpy()
         drawn = np.argsort(uniform(2, every, context.seed, LATENTS), kind="stable")
-        self.mean = self.images(drawn[: self.n_reference].tolist()).mean(0)
+        reference = drawn[: self.n_reference].tolist()
+
+        def eye_of(model: Model) -> Eye:
+            tower = cast(TextTower, model)
+            texts = embed_concepts(tower, self.words, self.templates or tower.templates)
+            texts = normalize(texts - texts.mean(0), dim=1) if self.centre else texts
+            return Eye(model, showing, texts, reference, context.spent)
+
+        self.eye = self.judging = eye_of(showing.model)
+        if self.judge is not None:
+            self.judging = eye_of(build_judge(self.judge, showing.model.device))
 
     def explain(self, cases: Sequence[Case]) -> list[Explanation | None]:
         """See `Explainer.explain`."""
-        self._embed({shown.slot for case in cases for shown in (*case.explain, *case.score)})
+        shown = {shown.slot for case in cases for shown in case.explain}
+        scored = {shown.slot for case in cases for shown in case.score}
+        self.eye.see(shown | scored if self.judging is self.eye else shown)
+        self.judging.see(scored)
         found: list[Explanation | None] = []
         for case in cases:
             acts = torch.tensor([shown.act for shown in case.explain])
-            centred = self.images([shown.slot for shown in case.explain]) - self.mean
-            cosines = self.texts @ normalize(acts @ centred, dim=0)
+            centred = self.eye.centred([shown.slot for shown in case.explain])
+            cosines = self.eye.texts @ normalize(acts @ centred, dim=0)
             best = cosines.topk(max(2, self.n_concepts))
             self.margins.append(float(best.values[0] - best.values[1]))
             chosen = best.indices[: self.n_concepts].tolist()
@@ -137,8 +159,8 @@ class Clip(Explainer):
 
     def verdict(self, explanation: Explanation, case: Case) -> Verdict:
         """See `Explainer.verdict`."""
-        centred = self.images([shown.slot for shown in case.score]) - self.mean
-        likeness = (centred @ self.texts[explanation.rule].T).amax(1).double().numpy()
+        centred = self.judging.centred([shown.slot for shown in case.score])
+        likeness = (centred @ self.judging.texts[explanation.rule].T).amax(1).double().numpy()
         each = [likeness[i : i + 1] for i in range(len(likeness))]
         return Verdict(each, likeness > 0)
 
@@ -149,25 +171,58 @@ class Clip(Explainer):
         return {"n_labels": len(self.labels), "margin_mean": float(np.mean(self.margins))}
 
     def remarks(self) -> list[Note]:
-        """Who judges."""
-        detail = "same model judges: images and words are compared by the host's own embeddings"
+        """Who judges, where it is the host; and a judge that is the host again."""
+        if self.judge is None:
+            detail = "same model judges: images and words are compared by the host's own embeddings"
+        elif self.judging.model.fingerprint() == self.eye.model.fingerprint():
+            detail = "same model judges: the judge has the host's own weights"
+        else:
+            return []
         return [Note("not_applicable", "autointerp.spearman_mean", detail)]
 
-    # -- Images ----------------------------------------------------------------------------------
+
+class Eye:
+    """Images and concepts as one CLIP sees them.
+
+    Args:
+        model: embeds the images.
+        showing: loads them.
+        texts: unit embeddings of the concepts [V, d].
+        reference: numbers in the codes of the images whose mean is v̄.
+        spent: told how many images were run.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        showing: Showing,
+        texts: Float[Tensor, "v d"],
+        reference: Sequence[int],
+        spent: Counter[str],
+    ) -> None:
+        self.model, self.showing, self.texts, self.spent = model, showing, texts, spent
+        self.embedded: dict[int, Tensor] = {}
+        self.mean = self.images(reference).mean(0)
+
+    def centred(self, slots: Sequence[int]) -> Float[Tensor, "n d"]:
+        """v_i − v̄."""
+        return self.images(slots) - self.mean
 
     def images(self, slots: Sequence[int]) -> Float[Tensor, "n d"]:
         """Unit embeddings of examples by their numbers in the codes."""
-        self._embed(slots)
+        self.see(slots)
         return torch.stack([self.embedded[slot] for slot in slots])
 
-    def _embed(self, slots: Iterable[int]) -> None:
-        wanted, model = sorted(set(slots) - self.embedded.keys()), self.showing.model
+    def see(self, slots: Iterable[int]) -> None:
+        """Embed those images that are not yet, many at a time."""
+        wanted = sorted(set(slots) - self.embedded.keys())
         with Progress("autointerp: images", len(wanted), "images") as progress, torch.no_grad():
             for start in range(0, len(wanted), AT_ONCE):
                 part = wanted[start : start + AT_ONCE]
-                inputs = model.prepare(self.showing.load(part)).to(model.device)
-                vectors = normalize(model.splice(inputs, {}).float(), dim=1).cpu()
+                inputs = self.model.prepare(self.showing.load(part)).to(self.model.device)
+                vectors = normalize(self.model.splice(inputs, {}).float(), dim=1).cpu()
                 self.embedded |= dict(zip(part, vectors, strict=True))
+                self.spent["full_forwards"] += len(part)
                 progress.advance(len(part))
 
 

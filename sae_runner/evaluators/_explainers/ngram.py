@@ -65,7 +65,7 @@ class NGram(Explainer):
     def start(self, context: EvalContext, showing: Showing) -> None:
         """Learn the frame that the host puts around a text."""
         self.context, self.model, self.site = context, showing.model, showing.site
-        self.n_documents = self.n_not_reproduced = self.n_forwards = 0
+        self.n_documents = self.n_not_reproduced = 0
         assert context.setting is not None
         self.selection = replace(context.setting.selection, tokens="all")
         framed = self.model.prepare([Example(0, "a")])
@@ -162,7 +162,7 @@ class NGram(Explainer):
     ) -> npt.NDArray[np.float64]:
         reader, device = cast(ReadsTokens, self.model), self.model.device
         inputs = reader.token_rows([[*self.prefix, *row, *self.suffix] for row in rows])
-        self.n_forwards += len(rows)
+        self.context.spent["full_forwards"] += len(rows)
         with torch.no_grad():
             x = self.model.record(inputs.to(device), [self.site.name])[self.site.name]
             last = torch.tensor([len(self.prefix) + len(row) - 1 for row in rows])
