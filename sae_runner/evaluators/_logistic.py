@@ -6,17 +6,19 @@ A probe on one number z is p = σ(w z + b), found by Newton's method from w = b 
 
 with the step halved while that rises. The zeros of a sparse column share one p, so that a step
 costs what the non-zero entries do. A column of sd below 1e-8 is constant: its probe is the base
-rate alone.
+rate alone. Columns are taken some at a time, so that what a step needs beside them stays small.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
+import torch
+from scipy import linalg, sparse
 from scipy.special import expit
+from torch import Tensor
 
 Values = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.bool_]
@@ -25,6 +27,10 @@ GRADIENT = 1e-7
 LEAST_SD = 1e-8
 NEARLY_DENSE = 2 / 3
 """Above this share of non-zero entries an array takes less memory without its zeros left out."""
+AT_ONCE = 2**21
+"""Entries of the columns that are taken at a time."""
+JITTER = 1e-10
+"""Added to squared lengths, in units of their mean, so that a Cholesky factor exists."""
 
 
 class Singles(NamedTuple):
@@ -56,17 +62,35 @@ def fit_singles(columns: Any, y: Labels, ridge: float) -> Singles:
         y: [n], of both classes.
         ridge: on the squared weight of the standardised column.
     """
-    x = sparse.csc_array(columns)
+    x = sparse.csc_array(columns) if sparse.issparse(columns) else columns
     n, m = x.shape
+    ends = x.indptr[1:] if sparse.issparse(x) else n * np.arange(1, m + 1)
+    parts = [_fit(x[:, begin:end], y, ridge) for begin, end in pieces(ends)]
+    return Singles(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+def pieces(ends: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Begin and end of runs of columns with at most AT_ONCE entries, or of one with more.
+
+    `ends` counts the entries up to each column, its own included.
+    """
+    begin = 0
+    while begin < len(ends):
+        before = int(ends[begin - 1]) if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, before + AT_ONCE, "right")))
+        yield begin, end
+        begin = end
+
+
+def _fit(x: Any, y: Labels, ridge: float) -> Singles:
+    m = x.shape[1]
     base = float(np.log(y.mean() / (1 - y.mean())))
-    mean = np.asarray(x.sum(0)) / n
-    of_entry = np.repeat(np.arange(m), np.diff(x.indptr))
-    squares = np.bincount(of_entry, (x.data - mean[of_entry]) ** 2, m)
-    sd = np.sqrt((squares + (n - np.diff(x.indptr)) * mean**2) / n)
+    mean, sd = _mean_and_sd(x)
     varied = (sd >= LEAST_SD).nonzero()[0]
     found = Singles(np.zeros(m), np.full(m, base), np.full(m, entropy(y)), sd < LEAST_SD)
     if len(varied):
-        standard = _Standardised(x[:, varied], mean[varied], sd[varied], y)
+        kind = _Standardised if sparse.issparse(x) else _Dense
+        standard = kind(x[:, varied], mean[varied], sd[varied], y)
         w, b, loss = _newton(standard, ridge)
         found.w[varied] = w / sd[varied]
         found.b[varied] = b - w * mean[varied] / sd[varied]
@@ -74,8 +98,53 @@ def fit_singles(columns: Any, y: Labels, ridge: float) -> Singles:
     return found
 
 
+def _mean_and_sd(x: Any) -> tuple[Values, Values]:
+    """Of each column, in float64."""
+    if not sparse.issparse(x):
+        return x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    n, m = x.shape
+    mean, counts = np.asarray(x.sum(0)) / n, np.diff(x.indptr)
+    of_entry = np.repeat(np.arange(m), counts)
+    squares = np.bincount(of_entry, (x.data - mean[of_entry]) ** 2, m)
+    return mean, np.sqrt((squares + (n - counts) * mean**2) / n)
+
+
+class _Dense:
+    """Columns at mean 0 and sd 1, one beside the other in memory."""
+
+    def __init__(self, x: Any, mean: Values, sd: Values, y: Labels) -> None:
+        self.n, self.m = x.shape
+        z = np.ascontiguousarray(x.T, dtype=np.float64)
+        self.z = torch.from_numpy((z - mean[:, None]) / sd[:, None])
+        true = torch.from_numpy(y.astype(np.float64))
+        self.n_true, self.z_true = float(true.sum()), (self.z @ true).numpy()
+
+    def _logits(self, w: Values, b: Values) -> Tensor:
+        bias, weight = torch.from_numpy(b)[:, None], torch.from_numpy(w)[:, None]
+        return torch.addcmul(bias, weight, self.z)
+
+    def loss(self, w: Values, b: Values) -> Values:
+        """Mean cross-entropy of each column."""
+        total = -torch.nn.functional.logsigmoid(self._logits(w, b).neg_()).sum(1).numpy()
+        return np.asarray((total - w * self.z_true - b * self.n_true) / self.n)
+
+    def derivatives(self, w: Values, b: Values) -> tuple[Values, ...]:
+        """Of the mean loss: by w, by b, twice by w, by both, twice by b."""
+        p = self._logits(w, b).sigmoid_()
+        curve = p * (1 - p)
+        along = curve * self.z
+        sums = (
+            torch.linalg.vecdot(p, self.z).numpy() - self.z_true,
+            p.sum(1).numpy() - self.n_true,
+            torch.linalg.vecdot(along, self.z).numpy(),
+            along.sum(1).numpy(),
+            curve.sum(1).numpy(),
+        )
+        return tuple(total / self.n for total in sums)
+
+
 class _Standardised:
-    """Columns at mean 0 and sd 1: their entries, and what all of their zeros have become."""
+    """Sparse columns at mean 0 and sd 1: entries, and what all of their zeros have become."""
 
     def __init__(self, x: Any, mean: Values, sd: Values, y: Labels) -> None:
         self.n, self.m = x.shape
@@ -112,7 +181,7 @@ class _Standardised:
         return tuple(total / self.n for total in sums)
 
 
-def _newton(x: _Standardised, ridge: float) -> tuple[Values, Values, Values]:
+def _newton(x: _Standardised | _Dense, ridge: float) -> tuple[Values, Values, Values]:
     w, b = np.zeros(x.m), np.zeros(x.m)
     loss = x.loss(w, b)
     for _ in range(N_STEPS):
@@ -149,7 +218,8 @@ def fit_full(
 ) -> Full:
     """L2-regularised logistic regression; C has the least loss over folds of the train set.
 
-    Columns are divided by their sd on the train set; dense ones are centred first.
+    Columns are divided by their sd on the train set; dense ones are centred first, and where there
+    are more of them than examples, turned into fewer that give the same fit.
 
     Args:
         train: [n, m], dense or a SciPy array.
@@ -163,11 +233,41 @@ def fit_full(
 
     if sparse.issparse(train) and train.nnz > NEARLY_DENSE * np.prod(train.shape):
         train, test = train.toarray(), test.toarray()
-    scaler = StandardScaler(with_mean=not sparse.issparse(train))
-    train, test = scaler.fit_transform(train), scaler.transform(test)
+    if not sparse.issparse(train) and train.shape[1] > train.shape[0]:
+        train, test = in_span(train, test)
+    else:
+        scaler = StandardScaler(with_mean=not sparse.issparse(train))
+        train, test = scaler.fit_transform(train), scaler.transform(test)
     chosen = _strength(train, y, sorted(strengths), n_folds, seed)
     logit, converged = _decided(_regression(chosen), train, y, test)
     return Full(logit, chosen, converged)
+
+
+def in_span(train: Any, test: Any) -> tuple[Values, Values]:
+    """Standardised examples in coordinates of the space that the n of the train set span.
+
+    All inner products with these stay what they are, and so does any fit that shrinks the length of
+    its weights: those never leave that space.
+
+    Args:
+        train: [n, m], dense.
+        test: [n_test, m].
+
+    Returns:
+        [n, n] and [n_test, n], in float64; few columns of the m are in float64 at a time.
+    """
+    n, m = train.shape
+    inner, with_test = np.zeros((n, n)), np.zeros((len(test), n))
+    for begin, end in pieces((n + len(test)) * np.arange(1, m + 1)):
+        part = train[:, begin:end].astype(np.float64)
+        mean, sd = part.mean(0), part.std(0)
+        sd[sd < LEAST_SD] = 1.0
+        part = (part - mean) / sd
+        inner += part @ part.T
+        with_test += (test[:, begin:end] - mean) / sd @ part.T
+    inner.flat[:: n + 1] += JITTER * inner.trace() / n
+    lower = linalg.cholesky(inner, lower=True, overwrite_a=True)
+    return lower, linalg.solve_triangular(lower, with_test.T, lower=True).T
 
 
 def _strength(train: Any, y: Labels, ascending: Sequence[float], n_folds: int, seed: int) -> float:
