@@ -19,8 +19,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# A process for each core, of one thread each: two threads a process would be in each other's way.
 unit: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m "not slow and not gpu"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not gpu" \
+		-n auto --maxprocesses 8 --dist loadfile
 
 slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m "slow and not gpu"
