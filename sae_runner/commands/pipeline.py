@@ -144,8 +144,9 @@ class Pipeline(StorePipeline):
     def setting(self) -> Setting:
         """What evaluators may know before anything runs."""
         return Setting(
-            self.raw_dataset, lambda: self.shapes, self.site, self.selection, self.target
-        )
+            self.raw_dataset, lambda: self.shapes, self.site, self.selection, self.target,
+            lambda: self.build_sae(self.site.d, device="meta"), self.eval_options.keep_bytes,
+        )  # fmt: skip
 
     def release_model(self) -> None:
         """Let go of the model once rows are stored, unless steps run it too.

@@ -237,6 +237,7 @@ def fit_full(
         train, test = in_span(train, test)
     else:
         scaler = StandardScaler(with_mean=not sparse.issparse(train))
+        train, test = train.astype(np.float64), test.astype(np.float64)
         train, test = scaler.fit_transform(train), scaler.transform(test)
     chosen = _strength(train, y, sorted(strengths), n_folds, seed)
     logit, converged = _decided(_regression(chosen), train, y, test)

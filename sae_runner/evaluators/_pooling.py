@@ -1,7 +1,7 @@
 """One vector for each example, from the rows of its tokens: raw activations and latents.
 
 Latents are pooled after each token is encoded, and stay sparse: as [n, d_sae] they are never dense.
-A latent that is inactive in a row counts as 0 there.
+A latent that is inactive in a row counts as 0 there. Pre-activations are dense, in float32.
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_runner.errors import DataError
 from sae_runner.evaluators.base import Rows
+from sae_runner.saes.base import SAE
 
 Pool = Literal["mean", "max", "last", "cls"]
 Ints = npt.NDArray[np.int64]
@@ -31,7 +32,7 @@ class Pooled:
     raw: npt.NDArray[np.float64]
     """[n, d]"""
     latents: Any
-    """[n, d_sae], a SciPy array in CSR form, float64."""
+    """[n, d_sae]: a SciPy array in CSR form, float64; of pre-activations dense, float32."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,12 +65,70 @@ class _Part(NamedTuple):
         )  # fmt: skip
 
 
-def pooled(batches: Iterable[Rows], how: Pool) -> Pooled:
+class PreActs:
+    """Pre-activations of examples, pooled as their rows come; a few rows are dense at a time."""
+
+    def __init__(self, sae: SAE, how: Pool, n_examples: int) -> None:
+        self.sae, self.how = sae, how
+        self.values = torch.empty(n_examples, sae.d_sae)
+        """Written from the top: what no example has needs no memory."""
+        self.slots: dict[int, int] = {}
+        """Rows of `values` by example."""
+        self.n_rows = torch.zeros(n_examples)
+        self.last = torch.full((n_examples,), -2)  # An average of tokens is at position -1.
+
+    @torch.no_grad()
+    def add(self, rows: Rows) -> None:
+        """Take rows into account, of which an example may have more later."""
+        ids, position, begin = rows.example_id.cpu(), rows.position.cpu(), 0
+        for part in self.sae.chunks(rows.source):
+            own = slice(begin, begin + len(part))
+            begin += len(part)
+            z = self.sae.pre_activations(self.sae.scaled(part)).float().cpu()
+            self._pool(ids[own], position[own], z)
+
+    def _pool(self, ids: Tensor, position: Tensor, z: Tensor) -> None:
+        if self.how == "cls":
+            chosen = (position == 0).nonzero().squeeze(1)
+            ids, position, z = ids[chosen], position[chosen], z[chosen]
+        slot = self._slots(ids)
+        match self.how:
+            case "mean":
+                self.values.index_add_(0, slot, z)
+                self.n_rows.index_add_(0, slot, torch.ones(len(slot)))
+            case "max":
+                self.values.scatter_reduce_(0, slot.unsqueeze(1).expand_as(z), z, "amax")
+            case _:
+                order = torch.from_numpy(np.lexsort((position.numpy(), slot.numpy())))
+                ends = torch.ones(len(order), dtype=torch.bool)
+                ends[:-1] = slot[order].diff() != 0
+                order = order[ends]
+                order = order[position[order] > self.last[slot[order]]]
+                self.values[slot[order]], self.last[slot[order]] = z[order], position[order]
+
+    def _slots(self, ids: Tensor) -> Tensor:
+        """Rows of `values` for examples, of which some may be new."""
+        n, start = len(self.slots), -torch.inf if self.how == "max" else 0.0
+        found = [self.slots.setdefault(i, len(self.slots)) for i in ids.tolist()]
+        self.values[n : len(self.slots)] = start
+        return torch.tensor(found, dtype=torch.int64)
+
+    def finish(self, ids: Ints) -> npt.NDArray[np.float32]:
+        """[n, d_sae] of the examples `ids`, in that order."""
+        if self.how == "mean":
+            self.values[: len(self.slots)] /= self.n_rows[: len(self.slots), None]
+        order = torch.tensor([self.slots[i] for i in ids.tolist()])
+        found: npt.NDArray[np.float32] = self.values[order].numpy()
+        return found
+
+
+def pooled(batches: Iterable[Rows], how: Pool, pre: PreActs | None = None) -> Pooled:
     """Pool the rows of whole examples.
 
     Args:
         batches: rows, in any order.
         how: `mean` or `max` over the rows of an example, its `last` row, or that of position 0.
+        pre: pools pre-activations, which then stand for the latents.
 
     Raises:
         DataError: no row is left.
@@ -78,6 +137,8 @@ def pooled(batches: Iterable[Rows], how: Pool) -> Pooled:
     for rows in batches:
         d_sae, has_labels = rows.latents.d_sae, rows.label is not None
         parts.append(_combined(_of_rows(rows, how), how, d_sae))
+        if pre is not None:
+            pre.add(rows)
     joined = _combined(_joined(parts), how, d_sae) if parts else None
     if joined is None or not len(joined.ids):
         of = "position 0 (site.tokens leaves it out)" if how == "cls" else "any example"
@@ -88,9 +149,12 @@ def pooled(batches: Iterable[Rows], how: Pool) -> Pooled:
     if how == "max":
         somewhere_inactive = joined.n_active < joined.n_rows[joined.slot]
         value = np.where(somewhere_inactive, value.clip(0), value)
-    n = len(joined.ids)
-    latents = sparse.csr_array((value, (joined.slot, joined.latent)), shape=(n, d_sae))
-    latents.eliminate_zeros()
+    n, latents = len(joined.ids), None
+    if pre is not None:
+        latents = pre.finish(joined.ids)
+    else:
+        latents = sparse.csr_array((value, (joined.slot, joined.latent)), shape=(n, d_sae))
+        latents.eliminate_zeros()
     return Pooled(joined.ids, joined.label if has_labels else None, raw, latents)
 
 

@@ -11,9 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import sparse
 
 from sae_runner.evaluators._agreement import auc, balanced_accuracy
-from sae_runner.evaluators._logistic import Singles, bce, entropy, fit_few, fit_full, fit_singles
+from sae_runner.evaluators._logistic import (
+    Singles,
+    bce,
+    entropy,
+    fit_few,
+    fit_full,
+    fit_singles,
+    pieces,
+)
 from sae_runner.evaluators._pooling import Pooled
 from sae_runner.evaluators._tasks import Task
 
@@ -89,7 +98,7 @@ def measure_task(task: Task, train: Pooled, test: Pooled, options: Options) -> M
 
 def _best_latent(singles: Singles, latents: Side, y_test: Labels) -> dict[str, Any]:
     best = int(singles.loss.argmin())
-    z = latents.test[:, [best]].toarray()[:, 0]
+    z = picked(latents.test, [best])[:, 0]
     logit = singles.w[best] * z + singles.b[best]
     no_latent = bool(singles.constant[best])  # All are: the base rate is all there is.
     return {
@@ -147,9 +156,18 @@ def likely_directions(raw: Values, y: Labels, n: int, seed: int) -> Values:
 
 def by_difference(features: Any, y: Labels) -> tuple[npt.NDArray[np.int64], int]:
     """Columns by |mean where true − mean where false|, largest first; how many differ at all."""
-    means = [np.asarray(features[answer.nonzero()[0]].mean(0)).ravel() for answer in (y, ~y)]
+    means = [_means(features, answer.nonzero()[0]) for answer in (y, ~y)]
     difference = np.abs(means[0] - means[1])
     return np.argsort(-difference, kind="stable"), int((difference > 0).sum())
+
+
+def _means(features: Any, rows: npt.NDArray[np.int64]) -> Values:
+    """Of each column over some rows; of dense ones few are copied at a time."""
+    if sparse.issparse(features):
+        return np.asarray(features[rows].mean(0)).ravel()
+    ends = len(rows) * np.arange(1, features.shape[1] + 1)
+    parts = [features[rows, begin:end].mean(0, dtype=np.float64) for begin, end in pieces(ends)]
+    return np.concatenate(parts)
 
 
 def _accuracy_of(
@@ -157,11 +175,14 @@ def _accuracy_of(
 ) -> float | None:
     if not len(columns):
         return None
-    train, test = (
-        part[:, columns] if isinstance(part, np.ndarray) else part[:, columns].toarray()
-        for part in side
-    )
+    train, test = (picked(part, columns) for part in side)
     return accuracy(fit_few(train, y, test), y_test)
+
+
+def picked(features: Any, columns: Any) -> Values:
+    """Some columns, dense."""
+    found = features[:, columns]
+    return np.asarray(found.toarray() if sparse.issparse(found) else found, dtype=np.float64)
 
 
 def accuracy(logit: Values, y: Labels) -> float:

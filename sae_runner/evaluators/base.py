@@ -77,6 +77,10 @@ class Setting:
     selection: TokenSelection
     target: SiteInfo | None = None
     """What a transcoder predicts."""
+    sae: Callable[[], SAE] | None = None
+    """The SAE without its weights, built when asked."""
+    keep_bytes: int = 2 * 10**9
+    """What an evaluator may keep of rows in memory: `eval.keep_gb`."""
 
     @property
     def spliced_site(self) -> SiteInfo:

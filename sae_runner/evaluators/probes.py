@@ -18,12 +18,15 @@ all of h, on all latents). `sae_top_{k}_test_accuracy`: logistic regression on t
 largest difference of class means, in their own units (SAEBench; Gurnee et al. 2023);
 `llm_top_{k}_test_accuracy`: likewise on raw coordinates.
 
+With `latent: pre` the pre-activations of latents, pooled alike, stand for them in all of this (Gao
+et al. 2024): a latent may tell a task apart before it fires. They are dense: [n, d_sae] in float32.
+
 Category `probes` holds means over tasks, `probes_labels` and `probes_text` those over each kind.
 Intervals are over tasks: that an average of so few tasks moves with the tasks is what they show.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +37,11 @@ from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators._bootstrap import checked_resamples, intervals, ratio_of
 from sae_runner.evaluators._numbers import Scalars
-from sae_runner.evaluators._pooling import Pool, Pooled, pooled
+from sae_runner.evaluators._pooling import Pool, Pooled, PreActs, pooled
 from sae_runner.evaluators._probe_task import Measured, Options, measure_task
 from sae_runner.evaluators._tasks import Family, Task, class_tasks, text_tasks
 from sae_runner.evaluators._text_tasks import answers, n_words
-from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Setting
+from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows, Setting
 from sae_runner.log import Progress
 from sae_runner.models._text import ReadsTokens
 
@@ -56,6 +59,7 @@ class Probes(Evaluator):
     Args:
         tasks: `labels`, the dataset's classes; `text`, questions about the text; those that the
             dataset can serve are taken.
+        latent: `post`, latents as they are decoded, or `pre`, before their activation function.
         pool: what an example's tokens become.
         n_train: examples of the train split.
         n_test: examples of the held-out split.
@@ -76,6 +80,7 @@ class Probes(Evaluator):
         self,
         *,
         tasks: list[Family],
+        latent: Literal["post", "pre"],
         pool: Pool,
         n_train: Positive,
         n_test: Positive,
@@ -91,7 +96,7 @@ class Probes(Evaluator):
         for key, values in (("tasks", tasks), ("strengths", strengths)):
             if not values:
                 raise ConfigError(f"evaluators.probes.{key} is empty: name at least one")
-        self.families, self.pool, self.balance = tasks, pool, balance
+        self.families, self.latent, self.pool, self.balance = tasks, latent, pool, balance
         self.n_train, self.n_test = n_train, n_test
         self.min_per_class, self.max_classes = min_per_class, max_classes
         self.ridge, self.k, self.strengths, self.n_folds = ridge, sorted(set(k)), strengths, n_folds
@@ -115,6 +120,8 @@ class Probes(Evaluator):
             raise ConfigError(
                 f"dataset {dataset.name!r} has one class, {classes[0]!r}: nothing to tell apart"
             )
+        if self.latent == "pre":
+            self._check_pre_acts(setting)
         if self.pool == "cls":
             tokens = setting.selection.tokens
             is_image = setting.site.grid is not None
@@ -124,6 +131,21 @@ class Probes(Evaluator):
                     "use pool=mean"
                 )
 
+    def _check_pre_acts(self, setting: Setting) -> None:
+        assert setting.sae is not None
+        sae = setting.sae()
+        if sae.no_pre_acts:
+            raise ConfigError(f"latent=pre: not of sae={sae.kind}: {sae.no_pre_acts}; use post")
+        n = self.n_train + self.n_test
+        # All examples and those of one task; then inner products of a task's, twice.
+        n_bytes = 2 * 4 * n * sae.d_sae + 2 * 8 * self.n_train * min(self.n_train, sae.d_sae)
+        if n_bytes > setting.keep_bytes:
+            raise ConfigError(
+                f"latent=pre: {n:,} examples of {sae.d_sae:,} numbers take {n_bytes / 1e9:.1f} GB, "
+                f"more than eval.keep_gb={setting.keep_bytes / 1e9:g}; lower n_train and n_test, "
+                "or raise that"
+            )
+
     def start(self, context: EvalContext) -> None:
         """See `Evaluator.start`."""
         self.context = context
@@ -131,8 +153,8 @@ class Probes(Evaluator):
     def finish(self) -> Findings:
         """Means over tasks, table `tasks`, and array `losses`: each latent's loss on each task."""
         assert self.context.rows is not None
-        train = pooled(self.context.rows("train", self.n_train), self.pool)
-        test = pooled(self.context.rows("heldout", self.n_test), self.pool)
+        train = self._pooled(self.context.rows("train", self.n_train), self.n_train)
+        test = self._pooled(self.context.rows("heldout", self.n_test), self.n_test)
         main = Scalars("probes")
         wanted = self._tasks(train, test, main)
         options = Options(self.ridge, self.k, self.strengths, self.n_folds, self.context.seed)
@@ -142,6 +164,11 @@ class Probes(Evaluator):
                 measured.append(measure_task(task, train, test, options))
                 progress.advance(1)
         return self._findings(main, measured)
+
+    def _pooled(self, batches: Iterable[Rows], n: int) -> Pooled:
+        """Examples, n of them at most."""
+        pre = PreActs(self.context.sae, self.pool, n) if self.latent == "pre" else None
+        return pooled(batches, self.pool, pre)
 
     # -- Tasks -----------------------------------------------------------------------------------
 

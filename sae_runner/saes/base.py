@@ -88,6 +88,8 @@ class SAE(Weights):
     """Why a model's output cannot stand in for the error of its reconstruction, if it cannot."""
     pre_act_refused: ClassVar[str] = ""
     """Why raising a pre-activation to its threshold would make no latent fire, if it would not."""
+    no_pre_acts: ClassVar[str] = ""
+    """Why no pre-activation says how close a latent is to firing, if none does."""
     sparse: ClassVar[bool] = False
     """Whether its loss never makes [n, d_sae] latents, so that its gradients are sparse too."""
     calibrates: ClassVar[bool] = False

@@ -46,6 +46,7 @@ class MatchingPursuit(SAE):
 
     kind = "matching_pursuit"
     pre_act_refused = "a latent fires by being the best match, not by passing a threshold"
+    no_pre_acts = "what a latent sees depends on those that are taken before it"
 
     def __init__(
         self,

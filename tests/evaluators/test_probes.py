@@ -1,6 +1,7 @@
 """Tasks and probes on planted examples, and what the evaluator refuses and reports."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from sae_runner.evaluators._tasks import Part, Task, balanced, class_tasks
 from sae_runner.evaluators._text_tasks import answers
 from sae_runner.evaluators.base import EvalContext, Rows, Setting
 from sae_runner.models.base import SiteInfo
+from sae_runner.saes import SAES
 from sae_runner.saes.base import Latents
 from sae_runner.site import TokenSelection
 
@@ -241,9 +243,9 @@ class Labelled(Dataset):
                 for i in map(int, ids)]  # fmt: skip
 
 
-def context(dataset, splits, *, seed=0):
+def context(dataset, splits, *, seed=0, sae=None):
     """Rows of two tokens an example; the pooled latents are those given."""
-    sae = Given(torch.ones(D_SAE, D), 1.0)
+    sae = sae or Given(torch.ones(D_SAE, D), 1.0)
 
     def rows(split, n_examples):
         pooled = splits[split]
@@ -265,9 +267,9 @@ def context(dataset, splits, *, seed=0):
     )  # fmt: skip
 
 
-def run(dataset, train, test, *, seed=0, **options):
+def run(dataset, train, test, *, seed=0, sae=None, **options):
     evaluator = EVALUATORS.build(CFG | options)
-    evaluator.start(context(dataset, {"train": train, "heldout": test}, seed=seed))
+    evaluator.start(context(dataset, {"train": train, "heldout": test}, seed=seed, sae=sae))
     findings = evaluator.finish()
     assert_publishable(findings)
     return findings
@@ -304,6 +306,35 @@ def test_pooling_and_sizes_are_the_options():
     assert last.tables["tasks"]["w"][0] == pytest.approx(2 * mean.tables["tasks"]["w"][0], rel=1e-5)
     few = run(Labelled(), train, test, n_train=100, n_test=60, balance=False)
     assert few.tables["tasks"]["n_train"] == [100] and few.tables["tasks"]["n_test"] == [60]
+
+
+def test_pre_activations_stand_for_latents_that_never_fire():
+    train, test = examples(300, 26), examples(200, 27)
+    dead = [Pooled(p.ids, p.label, p.raw, sparse.csr_array((len(p), D_SAE))) for p in (train, test)]
+    sae = Given(torch.ones(D_SAE, D), 2.0)
+    directions = torch.randn(D_SAE, D, generator=torch.Generator().manual_seed(0))
+    directions[11] = torch.nn.functional.one_hot(torch.tensor(2), D)  # The coordinate that knows.
+    sae.W_enc_rows.data, sae.b_dec.data = directions, torch.full((D,), 0.5)
+    sae.b_enc.data = torch.full((D_SAE,), -100.0)
+    found = run(Labelled(), *dead, sae=sae, latent="pre", balance=False)
+    z = [(2 * p.raw - 0.5) @ directions.double().numpy().T - 100 for p in dead]
+    assert all((part < 0).all() for part in z)
+    wanted = measured(*(
+        Pooled(p.ids, p.label, p.raw, part.astype(np.float32))
+        for p, part in zip(dead, z, strict=True)
+    ), options=replace(OPTIONS, k=(1, 2)))  # fmt: skip
+    (row,) = found.tables["tasks"]["best_latent"]
+    assert row == 11 == wanted.row["best_latent"]
+    apart = np.abs(z[0][train.label == 1].mean(0) - z[0][train.label == 0].mean(0))
+    order, n = by_difference(z[0].astype(np.float32), train.label == 1)
+    assert order.tolist() == np.argsort(-apart).tolist() and n == D_SAE
+    for name, values in found.tables["tasks"].items():
+        if isinstance(values[0], float):
+            assert values[0] == pytest.approx(wanted.row[name], rel=1e-3, abs=1e-4), name
+    # As good as the coordinate itself, at any scale and shift.
+    assert wanted.row["probe_loss_test"] == pytest.approx(wanted.row["coordinate_loss"], abs=1e-4)
+    after = run(Labelled(), *dead, sae=sae, balance=False)
+    assert after.metrics["probes"]["excess"] == pytest.approx(1, abs=0.02)
 
 
 def test_texts_become_tasks_and_rare_ones_are_left_out_with_their_counts():
@@ -351,9 +382,13 @@ def test_dead_latents_are_noted():
     assert "constant_feature" in {note.code for note in found.notes}
 
 
-def setting(dataset, *, tokens="all", has_cls=False, grid=None):
+def setting(dataset, *, tokens="all", has_cls=False, grid=None, sae="topk", keep_bytes=10**9):
     site = SiteInfo("blocks.0.resid_post", "b", D, "tokens", 4, has_cls=has_cls, grid=grid)
-    return Setting(dataset, lambda: SimpleNamespace(), site, TokenSelection(tokens))
+    shape = {"kind": sae, "no_pre_acts": SAES[sae].no_pre_acts, "d_sae": 1000}
+    return Setting(
+        dataset, lambda: SimpleNamespace(), site, TokenSelection(tokens), None,
+        lambda: SimpleNamespace(**shape), keep_bytes,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -371,6 +406,19 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(dataset, option
     evaluator = EVALUATORS.build({**CFG, "tasks": ["labels", "text"], **options})
     with pytest.raises(ConfigError, match=message):
         evaluator.check(setting(dataset))
+
+
+def test_pre_activations_are_refused_where_there_are_none_or_too_many():
+    pre = EVALUATORS.build(CFG | {"latent": "pre", "n_train": 900, "n_test": 100})
+    with pytest.raises(ConfigError, match=r"latent=pre: not of sae=matching_pursuit: what .*; use"):
+        pre.check(setting(Labelled(), sae="matching_pursuit"))
+    needed = 8 * 1000 * 1000 + 16 * 900 * 900
+    with pytest.raises(ConfigError, match=r"1,000 examples of 1,000 numbers take 0.0 GB, more tha"):
+        pre.check(setting(Labelled(), keep_bytes=needed - 1))
+    pre.check(setting(Labelled(), keep_bytes=needed))
+    for sae in set(SAES.names()) - {"matching_pursuit"}:
+        pre.check(setting(Labelled(), sae=sae))
+    EVALUATORS.build(CFG).check(setting(Labelled(), sae="matching_pursuit", keep_bytes=0))
 
 
 def test_what_can_be_measured_is_not_refused():
