@@ -29,6 +29,8 @@ class Weights(nn.Module):
     """The `type:` it is registered under."""
     own_units: ClassVar[tuple[str, ...]] = ()
     """Words that `units` may hold besides scalings and reductions."""
+    units_of_penalty: ClassVar[bool] = False
+    """Whether `units` are those of the penalty's coefficient alone, which a target L0 finds."""
     stored_names: ClassVar[dict[str, str]] = {}
     """Names on disk of weights that are published under another name than the base's."""
     training_buffers: ClassVar[tuple[str, ...]] = ()
@@ -88,6 +90,8 @@ class Weights(nn.Module):
             raise ConfigError(
                 f"sae.units={unknown[0]}: no such unit.{did_you_mean(unknown[0], known)}"
             )
+        if self.units_of_penalty and common["target_l0"] is not None:
+            return
         own = {"input_scaling": self.input_scaling, "loss_reduction": self.loss_reduction}
         for key, value in own.items():
             others = [unit for unit in common["units"] or () if unit in UNITS[key]]

@@ -27,6 +27,7 @@ class Gated(SAE):
 
     kind = "gated"
     penalised = True
+    units_of_penalty = True
     stored_names: ClassVar[dict[str, str]] = {"b_enc": "b_gate"}
 
     def __init__(

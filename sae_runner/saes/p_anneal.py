@@ -35,6 +35,7 @@ class PAnneal(SAE):
 
     kind = "p_anneal"
     penalised = True
+    units_of_penalty = True
     training_buffers: ClassVar[tuple[str, ...]] = ("p_index", "p_scale", "recorded")
 
     def __init__(

@@ -23,6 +23,7 @@ class ReLU(SAE):
 
     kind = "relu"
     penalised = True
+    units_of_penalty = True
 
     def __init__(
         self, d_in: int, *, l1_coefficient: NonNegativeFloat, **common: Unpack[Common]

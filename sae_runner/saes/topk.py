@@ -167,7 +167,7 @@ def k_or_target(d_in: int, k: float, k_start: float | None, common: Common) -> f
     """k, or the target L0, which is the same by the name that every kind accepts.
 
     Raises:
-        ConfigError: it, or where it starts, is larger than d_sae.
+        ConfigError: it, or where it starts, is larger than d_sae; it would grow.
     """
     n_latents = width(d_in, common["d_sae"], common["expansion"])
     target = common["target_l0"]
@@ -175,6 +175,8 @@ def k_or_target(d_in: int, k: float, k_start: float | None, common: Common) -> f
     for key, number in (("k" if target is None else "target_l0", chosen), ("k_start", k_start)):
         if number is not None and number > n_latents:
             raise ConfigError(f"sae.{key}={number:g}: must be <= d_sae={n_latents}")
+    if k_start is not None and k_start < chosen:
+        raise ConfigError(f"sae.k_start={k_start:g}: k comes down from it; must be >= {chosen:g}")
     return chosen
 
 

@@ -22,7 +22,7 @@ APART = 0.2
 MISSED = 0.1
 """Relative distance from an asked-for L0 that is worth a word, in the last batch."""
 EARLY = 0.1
-"""Share of training after which a threshold should have moved."""
+"""Share of training in which a threshold should have moved, wherever it went on from."""
 
 
 class Guardrails:
@@ -33,6 +33,7 @@ class Guardrails:
         self.least = math.inf
         self.said = set[str]()
         self.first_thresholds: Tensor | None = None
+        self.first_step = 0
 
     def warn(self, what: str, message: str) -> None:
         """Say something of a kind the first time."""
@@ -104,8 +105,8 @@ class Guardrails:
             return
         now = thresholds.detach().cpu()
         if self.first_thresholds is None:
-            self.first_thresholds = now.clone()
-        elif step > EARLY * self.options.n_steps:
+            self.first_thresholds, self.first_step = now.clone(), step
+        elif step - self.first_step > EARLY * self.options.n_steps:
             moved = (now - self.first_thresholds).abs() > 1e-3 * self.first_thresholds.abs()
             if not bool(moved.any()):
                 self.warn(

@@ -134,6 +134,7 @@ def test_k_and_its_other_name(new):
         ({"k": 24.5}, r"sae\.k=24\.5: must be <= d_sae=24"),
         ({"target_l0": 30}, r"sae\.target_l0=30: must be <= d_sae=24"),
         ({"k": 3, "k_start": 99}, r"sae\.k_start=99: must be <= d_sae=24"),
+        ({"target_l0": 3.5, "k_start": 3}, r"sae\.k_start=3: .* must be >= 3\.5"),
         ({"k": 0}, r"sae\.k=0\.?0?: must be > 0"),
     ):
         with pytest.raises(ConfigError, match=message):

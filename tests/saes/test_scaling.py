@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae_runner.checkpoint import build_sae, load_sae, read_facts, save_checkpoint
+from sae_runner.config import preset
 from sae_runner.errors import ConfigError
 from sae_runner.saes import SAES
 from sae_runner.saes._scaling import ScaledOnce, whitening_of
@@ -251,6 +252,17 @@ def test_coefficients_of_other_units_are_refused(new, kind, options, message):
     new(kind, 8, 24, **{**options, "input_scaling": "sqrt_d", "loss_reduction": "sum"})
     either = ["layer_norm", options["input_scaling"]]
     new(kind, 8, 24, **{**options, "units": either})
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated", "p_anneal"])
+def test_a_coefficient_is_of_its_own_units_unless_a_target_finds_it(new, kind):
+    own = preset("sae", kind)["units"]
+    for changes in ({"input_scaling": "layer_norm"}, {"loss_reduction": "mean"}):
+        with pytest.raises(ConfigError, match=r"coefficients of this recipe .*sae\.units=null"):
+            new(kind, 8, 24, units=own, **changes)
+        new(kind, 8, 24, units=own, target_l0=3, **changes)
+    with pytest.raises(ConfigError, match=r"sae\.input_scaling=none"):  # ε and θ are of units too.
+        new("jump_relu", 8, 24, units=["unit_mean_square"], target_l0=3, input_scaling="none")
 
 
 # -- How the encoder starts ----------------------------------------------------------------------

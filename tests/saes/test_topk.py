@@ -222,6 +222,7 @@ def test_k_and_its_other_name(new):
         ({"target_l0": 30}, r"sae\.target_l0=30: must be <= d_sae=24"),
         ({"k": 3, "target_l0": 2.5}, r"sae\.target_l0=2\.5: k is a whole number here"),
         ({"k": 3, "k_start": 99}, r"sae\.k_start=99: must be <= d_sae=24"),
+        ({"k": 3, "k_start": 2}, r"sae\.k_start=2: k comes down from it; must be >= 3"),
         ({"k": 5, "selection": "groupmax"}, r"sae\.k=5: groupmax needs a divisor of d_sae=24"),
         ({"k": 0}, r"sae\.k=0: must be > 0"),
         ({"k": 3, "multi_topk": -1.0}, r"sae\.multi_topk=-1\.0: must be >= 0"),

@@ -65,6 +65,17 @@ def test_a_threshold_that_never_moves_is_said(guarded, caplog, monkeypatch):
     assert caplog.text == ""
 
 
+def test_a_run_that_goes_on_late_gives_thresholds_as_long(guarded, caplog, monkeypatch):
+    sae, guard = guarded()
+    threshold = torch.full((24,), 0.1, requires_grad=True)
+    monkeypatch.setattr(sae, "thresholds", lambda latents: 1 * threshold[latents])
+    guard.look(15, 1.0, ALIVE)
+    guard.look(17, 1.0, ALIVE)
+    assert caplog.text == ""
+    guard.look(18, 1.0, ALIVE)
+    assert "no threshold has moved" in caplog.text
+
+
 def test_two_l0_apart_are_said(guarded, caplog):
     _, guard = guarded()
     guard.compare_l0(5, 32.0, 33.0)
