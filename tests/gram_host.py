@@ -32,6 +32,9 @@ class Grams(Model, ReadsTokens):
     def suffix(self):
         return [SEP] if self.encoder else []
 
+    def fingerprint(self):
+        return "a host"
+
     def pieces(self, tokens):
         return [f" {t}" for t in tokens]
 
@@ -74,8 +77,20 @@ class Planted(Given):
         ], dim=1)  # fmt: skip
 
 
+class TwoFaced(Planted):
+    """Latent 5 is token 9, and token 10 too."""
+
+    def encode(self, x):
+        latents = super().encode(x)
+        latents[:, 5] = x[:, 9] + x[:, 10]
+        return latents
+
+
 class Rows(Dataset):
     modality, rows = "tokens", None
+
+    def fingerprint(self):
+        return str(hash(str(self.rows)))
 
     def load(self, ids):
         return [Example(int(i), self.rows[int(i)]) for i in ids]
@@ -91,13 +106,16 @@ def measured(
     seed=0,
     batch=10**9,
     tokens="all",
+    kind=Planted,
+    vocabulary=range(VOCAB),
+    weights="an SAE",
     **options,
 ):
     host = bare(Grams, encoder=encoder, bos=bos)
     rng = np.random.default_rng(0)
-    rows = rng.integers(0, VOCAB, (N_EXAMPLES, LENGTH)).tolist()
+    rows = np.array(vocabulary)[rng.integers(0, len(vocabulary), (N_EXAMPLES, LENGTH))].tolist()
     inputs = host.prepare([Example(i, row) for i, row in enumerate(rows)])
-    sae = Planted(torch.ones(6, 45), 1.0)
+    sae = kind(torch.ones(6, 45), 1.0)
     selection = TokenSelection("all", drop_positions=(0,))
     keep = selection.mask(SITE, inputs, inputs.tensors["tokens"].shape[1])
     example, position = keep.nonzero(as_tuple=True)
@@ -105,7 +123,9 @@ def measured(
     order = 7 if batch < 10**9 else None
     codes = codes_of(latents, ids=example, position=position, batch=batch, order_seed=order)
     dataset = bare(Rows, rows=rows)
-    setting = Setting(dataset, lambda: host, SITE, replace(selection, tokens=tokens))
+    setting = Setting(
+        dataset, lambda: host, SITE, replace(selection, tokens=tokens), weights=weights
+    )
     evaluator = EVALUATORS.build({**cfg, "n_silent": 10, "n_bootstrap": 50, **options})
     evaluator.check(setting)
     evaluator.start(
@@ -116,6 +136,7 @@ def measured(
     )  # fmt: skip
     findings = evaluator.finish()
     assert_publishable(findings)
+    host.data = dataset.fingerprint()
     return findings, host
 
 

@@ -70,6 +70,8 @@ def envelope_of(
             **facts["sae"],
             "checkpoint": folder.name,
             "sha256": facts["sha256"]["sae.safetensors"],
+            # Of another library's SAE: what its own file is.
+            **({"source_sha256": facts["source"]["sha256"]} if "source" in facts else {}),
         },
         "data": {
             **facts["dataset"],

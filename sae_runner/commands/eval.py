@@ -13,7 +13,13 @@ from sae_runner.checkpoint import find_checkpoint, load_sae, read_facts, step_di
 from sae_runner.commands.cache import ensure_store
 from sae_runner.commands.entries import read_config
 from sae_runner.commands.envelopes import envelope_of, is_current
-from sae_runner.commands.foreign import GROUP, WITHOUT_TRAINING, as_run, foreign_pipeline
+from sae_runner.commands.foreign import (
+    GROUP,
+    WITHOUT_TRAINING,
+    as_run,
+    foreign_pipeline,
+    is_elsewhere,
+)
 from sae_runner.commands.job import Job
 from sae_runner.commands.passes import context_of, input_pass
 from sae_runner.commands.pipeline import Pipeline
@@ -21,7 +27,6 @@ from sae_runner.config import resolve_device
 from sae_runner.errors import ConfigError, Incomplete, InputError, StoreError
 from sae_runner.evaluators._shared_pass import measure
 from sae_runner.evaluators.base import Evaluator, Findings
-from sae_runner.interchange import recognise
 from sae_runner.log import log_to, working
 from sae_runner.report.assemble import report_path, write_findings, write_report
 from sae_runner.report.figures import draw_run
@@ -46,7 +51,7 @@ def main(job: Job) -> None:
     pipeline = pipeline_of(job)
     pipeline.check()
     folder = find_checkpoint(asked_checkpoint(job))
-    is_foreign = recognise(folder) is not None
+    is_foreign = is_elsewhere(folder, job)
     run_dir = pipeline.run_dir if is_foreign else folder.parent.parent
     with files.locked(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -93,15 +98,22 @@ def run_record(run_dir: Path) -> dict[str, Any]:
 def pipeline_of(job: Job) -> Pipeline:
     """The pipeline of the run that a checkpoint belongs to, with this command's options.
 
-    Another library's SAE belongs to none: the command says whose activations it is measured on.
+    Another library's SAE belongs to none, and with `model=` one of ours is measured elsewhere: the
+    command says whose activations these are.
     """
     folder = find_checkpoint(asked_checkpoint(job))
-    if recognise(folder):
-        return foreign_pipeline(folder, job)
+    elsewhere = is_elsewhere(folder, job)
+    pipeline = foreign_pipeline(folder, job) if elsewhere else _of_run(folder, job)
+    pipeline.measured = str(read_facts(folder)["sha256"]["sae.safetensors"])
+    return pipeline
+
+
+def _of_run(folder: Path, job: Job) -> Pipeline:
+    """The activations that a checkpoint was trained on."""
     if given := [word for word in job.overrides if GROUP.match(word)]:
         raise ConfigError(
-            f"{given[0]}: {job.cfg['checkpoint']} is measured on what it was trained on; this is "
-            "for SAEs of other libraries"
+            f"{given[0]}: {job.cfg['checkpoint']} is measured on what it was trained on; "
+            "model=… with dataset=… names something else"
         )
     run = {**WITHOUT_TRAINING, **run_record(folder.parent.parent)}
     own = {key: job.cfg[key] for key in ("evaluators", "eval", "device", "force")}

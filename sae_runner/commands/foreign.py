@@ -1,4 +1,7 @@
-"""Another library's SAE as a run of its own, so that it is measured and compared as ours are."""
+"""An SAE as a run of its own on activations that a command names: another library's, or ours.
+
+It is measured and compared as those are that were trained here.
+"""
 
 import logging
 import re
@@ -13,6 +16,7 @@ from sae_runner.commands.origin import origin
 from sae_runner.commands.pipeline import Pipeline
 from sae_runner.config import preset
 from sae_runner.errors import ConfigError, StoreError
+from sae_runner.interchange import recognise
 
 log = logging.getLogger("sae_runner")
 GROUP = re.compile(rf"[+~]*({'|'.join(GROUPS)})[.=@]")
@@ -22,13 +26,27 @@ WITHOUT_TRAINING = {"trainer": preset("trainer", "default"), "logger": preset("l
 """What a pipeline asks for and a run that was not trained here has no record of."""
 
 
+def is_elsewhere(folder: Path, job: Job) -> bool:
+    """Whether a checkpoint is measured on activations that the command names."""
+    return recognise(folder) is not None or "model" in job.choices
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """`read_facts`; of one of ours too a format, an origin and the tokens that it takes."""
+    facts = read_facts(folder)
+    if "format" in facts:
+        return facts
+    origin = {"model": facts["model"]["name"], "hook": None, "site": facts["site"]}
+    return {**facts, "format": "sae_runner", "origin": origin}
+
+
 def foreign_pipeline(folder: Path, job: Job) -> Pipeline:
     """The activations that the command names, and the SAE of a foreign folder.
 
     Raises:
         ConfigError: no model is named, or the SAE is of another width than the site.
     """
-    asked, facts = job.cfg["checkpoint"], read_facts(folder)
+    asked, facts = job.cfg["checkpoint"], facts_of(folder)
     if "model" not in job.choices:
         known = {key: facts["origin"][key] for key in ("model", "hook") if facts["origin"][key]}
         says = "".join(f"; it says {key} {value}" for key, value in known.items())
@@ -38,6 +56,7 @@ def foreign_pipeline(folder: Path, job: Job) -> Pipeline:
     site = dict(job.cfg["site"])
     if facts["origin"]["site"] and not any(w.startswith("site.name=") for w in job.overrides):
         site["name"] = facts["origin"]["site"]
+    ours = facts["format"] == "sae_runner"
     cfg = {
         **{group: job.cfg[group] for group in ("model", "dataset", "store", "evaluators", "eval")},
         **WITHOUT_TRAINING,
@@ -49,7 +68,13 @@ def foreign_pipeline(folder: Path, job: Job) -> Pipeline:
         "seed": 0,
         "init_from": str(asked),
     }
-    pipeline = Pipeline(cfg, {**job.choices, "sae": facts["format"]})
+    name = facts["sae"]["type"] if ours else facts["format"]
+    pipeline = Pipeline(cfg, {**job.choices, "sae": name})
+    if ours and pipeline.selection.slug != facts["tokens"]:
+        log.warning(
+            "site.tokens: it was trained on tokens %s, and is measured on %s",
+            facts["tokens"], pipeline.selection.slug,
+        )  # fmt: skip
     if pipeline.site.d != facts["d_in"]:
         raise StoreError(
             f"checkpoint={asked}: its d_in is {facts['d_in']}, that of {pipeline.site.name} is "
@@ -62,7 +87,7 @@ def as_run(folder: Path, run_dir: Path, pipeline: Pipeline, job: Job) -> Path:
     """Keep the SAE as the one checkpoint of a run, with latents as its library has them."""
     from omegaconf import OmegaConf
 
-    checkpoint, facts = run_dir / "checkpoints" / STEP, read_facts(folder)
+    checkpoint, facts = run_dir / "checkpoints" / STEP, facts_of(folder)
     source = {"format": facts["format"], "sha256": facts["sha256"]["sae.safetensors"],
               "origin": facts["origin"]}  # fmt: skip
     try:

@@ -34,6 +34,9 @@ from sae_runner.training.trainer import TrainOptions
 class Pipeline(StorePipeline):
     """The objects that a config describes; building one writes nothing."""
 
+    measured: str | None = None
+    """Hash of the SAE that evaluators measure, where it is known before they start."""
+
     # -- The run ---------------------------------------------------------------------------------
 
     @cached_property
@@ -146,6 +149,7 @@ class Pipeline(StorePipeline):
         return Setting(
             self.raw_dataset, lambda: self.shapes, self.site, self.selection, self.target,
             lambda: self.build_sae(self.site.d, device="meta"), self.eval_options.keep_bytes,
+            self.measured,
         )  # fmt: skip
 
     def release_model(self) -> None:

@@ -17,12 +17,20 @@ A constant ŝ explains nothing: its correlation is null for the latent and count
 `spearman_freq_mean` weights a latent by how often it fires. `*_shuffled` are the same with each
 explanation put to another latent: what is left when the explanation says nothing of the latent.
 
+With `explanations` of another evaluation of the same SAE on the same model, its latents are not
+explained: what was said of them there predicts what they do here, in examples that none of it is
+from. A latent that is active here in fewer than `fewest` examples is not scored (`n_inactive`).
+What a latent means on other data is then compared over corpora (`sae-run report`, retention).
+
 A high score is necessary, not sufficient: low-level latents ("this token") score high.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from sae_runner.config import NonNegative, Positive
 from sae_runner.errors import ConfigError, nearest
@@ -31,7 +39,7 @@ from sae_runner.evaluators._activating import sampled_latents
 from sae_runner.evaluators._bootstrap import checked_resamples
 from sae_runner.evaluators._codes import Codes
 from sae_runner.evaluators._explainers import EXPLAINERS
-from sae_runner.evaluators._explainers.base import Case, Explainer, Shown
+from sae_runner.evaluators._explainers.base import Case, Explainer, Explanation, Shown
 from sae_runner.evaluators._explanation_scores import (
     CATEGORY,
     Scores,
@@ -40,6 +48,7 @@ from sae_runner.evaluators._explanation_scores import (
     shuffled,
     table,
 )
+from sae_runner.evaluators._kept_explanations import FILE, Source, read_source, written
 from sae_runner.evaluators._numbers import Scalars
 from sae_runner.evaluators._sampling import Amounts, sample
 from sae_runner.evaluators._showing import Showing
@@ -53,6 +62,8 @@ class AutoInterp(Evaluator):
 
     Args:
         backend: who explains, with its options: `type` ngram, clip or lm.
+        explanations: a run, a folder of an evaluation of it or an evaluator's envelope there, whose
+            explanations are scored here; None to explain.
         n_top: of the examples to explain, the strongest.
         n_weighted: of these, drawn in proportion to activation.
         n_decile: of the scored examples, from the strongest tenth.
@@ -71,6 +82,7 @@ class AutoInterp(Evaluator):
         self,
         *,
         backend: Any,
+        explanations: str | None,
         n_top: Positive,
         n_weighted: NonNegative,
         n_decile: NonNegative,
@@ -81,6 +93,7 @@ class AutoInterp(Evaluator):
         n_bootstrap: NonNegative,
     ) -> None:
         self.backend, self.fewest, self.radius = backend, fewest, radius
+        self.explanations = explanations
         self.amounts = Amounts(n_top, n_weighted, n_decile, n_quantile, n_silent)
         self.n_bootstrap = checked_resamples(n_bootstrap, "autointerp")
         if n_decile + n_quantile == 0:
@@ -106,30 +119,69 @@ class AutoInterp(Evaluator):
         made: Explainer = EXPLAINERS.build(self.backend, "backend")
         return made
 
+    @cached_property
+    def source(self) -> Source | None:
+        """Explanations of another evaluation, where they are asked for.
+
+        Raises:
+            ConfigError: there are none, or they are of no use here.
+        """
+        if self.explanations is None:
+            return None
+        return read_source(self.explanations, str(self.backend["type"]), self.explainer)
+
     def check(self, setting: Setting) -> None:
-        """Refuse what the back-end cannot explain."""
+        """Refuse what the back-end cannot explain, and explanations of another SAE."""
+        source = self.source
+        if source is not None and setting.weights not in source.weights:
+            mine = setting.weights
+            why = (
+                f"this is {mine[:12]}"
+                if mine
+                else "this one is not trained yet: use `sae-run eval`"
+            )
+            theirs = min(source.weights)[:12]
+            raise ConfigError(
+                f"explanations={self.explanations}: they are of the SAE {theirs}, {why}"
+            )
         self.explainer.check(setting)
 
     def reads(self) -> dict[str, str]:
-        """What the back-end reads."""
-        return self.explainer.reads()
+        """What the back-end reads, and the explanations' hash."""
+        taken = {} if self.source is None else {"explanations": self.source.sha256}
+        return {**self.explainer.reads(), **taken}
 
     def start(self, context: EvalContext) -> None:
-        """Only the codes are needed."""
+        """Only the codes are needed.
+
+        Raises:
+            ConfigError: explanations that are of another model's latents.
+        """
         self.context = context
+        if self.source is not None and context.model is not None:
+            if context.folder == self.source.folder:
+                raise ConfigError(
+                    f"explanations={self.explanations}: they are this evaluation's own, and would "
+                    "be replaced; score them on a run of other data"
+                )
+            host = context.model().fingerprint()
+            if host != self.source.host:
+                raise ConfigError(
+                    f"explanations={self.explanations}: they are of model {self.source.host[:12]}, "
+                    f"this is {host[:12]}; name its weights with model.weights=FOLDER"
+                )
 
     def finish(self) -> Findings:
         """Category `autointerp`, and the table `latents` with a row for each sampled latent."""
-        context = self.context
+        context, explainer = self.context, self.explainer
         assert context.codes is not None and context.setting is not None
         assert context.dataset is not None and context.model is not None
         codes = context.codes()
         showing = Showing(codes, context.dataset(), context.model(), context.setting.site)
-        latents = sampled_latents(codes, context.n_latents, context.seed, fewest=self.fewest)
-        explainer = self.explainer
+        latents = self._latents(codes)
         explainer.start(context, showing)
         cases = self._cases(codes, showing, latents.tolist())
-        explanations = explainer.explain(cases)
+        explanations = self._explanations(cases)
         verdicts = explainer.predict(explanations, cases)
         donors = shuffled(explanations, context.seed)
         others = [None if d is None else explanations[d] for d in donors]
@@ -141,20 +193,41 @@ class AutoInterp(Evaluator):
             scores, control, freq, n_bootstrap=self.n_bootstrap, seed=context.seed
         )
         self._count(scalars, codes, scores)
+        kept = {}
+        if self.source is None:
+            kept[FILE] = written(str(self.backend["type"]), explainer, cases, explanations)
         return Findings(
             {CATEGORY: scalars.values},
             ci=ci,
             notes=[*scalars.notes, *notes, *explainer.remarks()],
             tables={"latents": table(cases, explanations, scores, control, donors, freq)},
+            texts=kept,
             incomplete=explainer.incomplete,
         )
 
+    def _latents(self, codes: Codes) -> npt.NDArray[np.int64]:
+        """A sample, or those that were explained elsewhere and are active here too."""
+        if self.source is None:
+            n, seed = self.context.n_latents, self.context.seed
+            return sampled_latents(codes, n, seed, fewest=self.fewest)
+        every = np.array(sorted(self.source.latents), dtype=np.int64)
+        return every[codes.n_examples_fired.numpy()[every] >= self.fewest]
+
+    def _explanations(self, cases: Sequence[Case]) -> list[Explanation | None]:
+        """Made here, or elsewhere."""
+        if self.source is None:
+            return self.explainer.explain(cases)
+        taken = [self.source.latents[case.latent].explanation for case in cases]
+        return self.explainer.take_over(taken, cases)
+
     def _cases(self, codes: Codes, showing: Showing, latents: Sequence[int]) -> list[Case]:
         """The examples of each latent, shown."""
-        cases = []
+        cases, elsewhere = [], self._explained_from()
         with Progress("autointerp: examples", len(latents), "latents") as progress:
             for latent in latents:
-                drawn = sample(codes, latent, self.amounts, self.context.seed)
+                drawn = sample(
+                    codes, latent, self.amounts, self.context.seed, elsewhere.get(latent)
+                )
                 explain, active, silent = drawn.explain, drawn.active, drawn.silent
                 slots = [*explain.slot.tolist(), *active.slot.tolist(), *silent]
                 acts = [*explain.value.tolist(), *active.value.tolist(), *([0.0] * len(silent))]
@@ -172,6 +245,17 @@ class AutoInterp(Evaluator):
                 progress.advance(1)
         return cases
 
+    def _explained_from(self) -> dict[int, Sequence[int]]:
+        """Of latents that were explained elsewhere the examples here that they are explained from.
+
+        Ids mean the same examples in the same data alone.
+        """
+        if self.source is None:
+            return {}
+        assert self.context.dataset is not None
+        same = self.context.dataset().fingerprint() == self.source.data
+        return {j: kept.explained if same else () for j, kept in self.source.latents.items()}
+
     def _count(self, scalars: Scalars, codes: Codes, scores: Sequence[Scores | None]) -> None:
         """How many latents there were of each kind."""
         kept = [score for score in scores if score is not None]
@@ -180,6 +264,8 @@ class AutoInterp(Evaluator):
         scalars.put("n_unscored", len(scores) - len(kept))
         scalars.put("n_dead", int((codes.n_examples_fired < self.fewest).sum()))
         scalars.put("n_constant", len(constant))
+        if self.source is not None:
+            scalars.put("n_inactive", len(self.source.latents) - len(scores))
         for name, value in self.explainer.counts().items():
             scalars.put(name, value)
         if codes.n_left_out:

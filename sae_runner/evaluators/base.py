@@ -81,6 +81,8 @@ class Setting:
     """The SAE without its weights, built when asked."""
     keep_bytes: int = 2 * 10**9
     """What an evaluator may keep of rows in memory: `eval.keep_gb`."""
+    weights: str | None = None
+    """Hash of the SAE that is measured; None where it is still to be trained."""
 
     @property
     def spliced_site(self) -> SiteInfo:

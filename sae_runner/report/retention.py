@@ -1,17 +1,15 @@
-"""Do explanations hold elsewhere: scores of one SAE's latents on several corpora.
+"""Does what was said of latents hold elsewhere: explanations of one corpus, scored on others.
 
-With ρ_j(C) the Spearman score of latent j on corpus C (a constant prediction explains nothing: 0),
-over latents that were scored on both corpora:
+With ρ_j(A) the Spearman score of latent j's explanation on the corpus A that it was made from (on
+examples that it is not from), ρ_j(B) that of the same explanation on another corpus B, and a
+constant prediction explaining nothing (0):
 
-    retention_12 = mean_j ρ_j(2) / ρ_j(1)   where ρ_j(1) ≥ 0.1; retention_21 likewise
-    uni_interp = mean_j min(ρ_j(1), ρ_j(2))
-    active_overlap = latents alive on both / all latents
-
-`sae-run eval` explains each latent anew on each corpus, so what is retained is that a latent can be
-explained, not one explanation of it.
+    retention_j(B) = ρ_j(B) / ρ_j(A)   where ρ_j(A) ≥ 0.1; mean and median, if scored on both
+    uni_interp = mean_j min_B ρ_j(B)   over latents scored on every B
+    active_overlap = latents alive on A and on every B / all latents
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,29 +25,52 @@ def scores_of(columns: Mapping[str, list[Any]]) -> dict[int, float]:
     return {int(feature): float(rho or 0.0) for feature, scored, rho in rows if scored}
 
 
-def retention(
-    one: Scores, two: Scores, alive: tuple[Any, Any] | None
-) -> tuple[dict[str, Any], list[str]]:
-    """Metrics of two corpora by name, and why those that are null are.
+def retention(explained: Scores, scored: Scores) -> tuple[dict[str, Any], list[str]]:
+    """Metrics of one other corpus by name, and why those that are null are.
 
     Args:
-        one: scores on the first corpus by latent.
-        two: scores on the second.
-        alive: whether each latent fired, on either; None where it was not measured.
+        explained: scores on the corpus of the explanations by latent.
+        scored: scores of the same explanations on the other.
     """
-    both = sorted(one.keys() & two.keys())
-    a, b = (np.array([scores[j] for j in both]) for scores in (one, two))
-    found: dict[str, Any] = {"n_latents": len(both)}
-    notes = [] if both else ["no latent was scored on both corpora"]
-    for way, base, other in (("12", a, b), ("21", b, a)):
-        known = base >= FAINT
-        found[f"n_retention_{way}"] = int(known.sum())
-        ratio = float((other[known] / base[known]).mean()) if known.any() else None
-        found[f"retention_{way}"] = ratio
-        if ratio is None and both:
-            notes.append(f"retention_{way}: no latent scores {FAINT:g} or more on #{way[0]} of two")
-    found["uni_interp"] = float(np.minimum(a, b).mean()) if both else None
-    found["active_overlap"] = None if alive is None else float((alive[0] & alive[1]).mean())
+    both = sorted(explained.keys() & scored.keys())
+    base, other = (np.array([scores[j] for j in both]) for scores in (explained, scored))
+    known = base >= FAINT
+    ratio = other[known] / base[known] if both else base
+    found: dict[str, Any] = {
+        "n_latents": len(both),
+        "spearman_explained": float(base.mean()) if both else None,
+        "spearman": float(other.mean()) if both else None,
+        "n_retention": len(ratio),
+        "retention": float(ratio.mean()) if len(ratio) else None,
+        "retention_median": float(np.median(ratio)) if len(ratio) else None,
+    }
+    notes = []
+    if not both:
+        notes.append("no latent was scored on both corpora")
+    elif not len(ratio):
+        notes.append(f"retention: no latent scores {FAINT:g} or more where it was explained")
+    return found, notes
+
+
+def everywhere(
+    scored: Sequence[Scores], alive: Sequence[Any] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Metrics of all other corpora together, and why those that are null are.
+
+    Args:
+        scored: scores on each of the other corpora.
+        alive: whether each latent fired, on the first corpus and each other; None where that was
+            not measured on all.
+    """
+    shared = sorted(set[int].intersection(*(set(scores) for scores in scored)))
+    lowest = [min(scores[j] for scores in scored) for j in shared]
+    found: dict[str, Any] = {
+        "n_corpora": len(scored),
+        "n_everywhere": len(shared),
+        "uni_interp": float(np.mean(lowest)) if lowest else None,
+        "active_overlap": None if alive is None else float(np.logical_and.reduce(alive).mean()),
+    }
+    notes = [] if shared else ["uni_interp: no latent was scored on every corpus"]
     if alive is None:
-        notes.append("active_overlap: needs the evaluator density on both")
+        notes.append("active_overlap: needs the evaluator density on all")
     return found, notes

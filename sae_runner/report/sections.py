@@ -28,10 +28,11 @@ FIRING_ABOUT = (
     "partner above 0.5."
 )
 RETENTION_ABOUT = (
-    "Scores of one SAE's latents, explained on two corpora. retention: mean of the score on the "
-    "second run's data over that on the first's (→), and the other way round (←). uni_interp: mean "
-    "of the lower of the two. active_overlap: share of latents that are alive on both. Each corpus "
-    "has explanations of its own: what is retained is that a latent can be explained."
+    "Explanations of one SAE's latents, made on the first run's data and scored on the second's. "
+    "ρ: mean Spearman score, on examples of the first's that they are not from (there) and on the "
+    "second's (here). retention: mean over latents of here / there, where there is 0.1 or "
+    "more. uni_interp: mean of a latent's lowest score over all the runs that scored these "
+    "explanations; active_overlap: share of latents that are alive on all of their data."
 )
 PROXY_ABOUT = (
     "Spearman rank correlation of two metrics over runs, with a 95% interval by resampling runs. "
@@ -64,13 +65,15 @@ def firing_section(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> S
 
 
 def retention_section(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> Section:
-    """A row for each pair of runs and each evaluator that explained latents on both."""
-    columns = {"evaluator": "evaluator", "retention →": "retention_12",
-               "retention ←": "retention_21", "uni_interp": "uni_interp",
-               "active_overlap": "active_overlap", "latents": "n_latents"}  # fmt: skip
-    return _pairs(
-        "retention", "Explanations on other data", RETENTION_ABOUT, columns, records, notes
+    """A row for each run that scored the explanations of another."""
+    columns = {"data": "over", "ρ there": "spearman_explained", "ρ here": "spearman",
+               "retention": "retention", "latents": "n_latents", "uni_interp": "uni_interp",
+               "active_overlap": "active_overlap"}  # fmt: skip
+    shown = [{**r, "over": " → ".join(r["data"])} for r in records]
+    section = _pairs(
+        "retention", "Explanations on other data", RETENTION_ABOUT, columns, shown, notes
     )
+    return section._replace(records=list(records))
 
 
 def _pairs(

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from sae_runner.checkpoint import load_sae
 from sae_runner.commands import report, train
 from sae_runner.commands.job import Job
-from sae_runner.errors import ConfigError, InputError
+from sae_runner.errors import ConfigError, InputError, StoreError
 from sae_runner.report.schema import not_finite
 
 ComposeJob = Callable[..., Job]
@@ -183,8 +184,8 @@ def test_what_is_no_longer_asked_for_goes(compared: Compared, tmp_path: Path) ->
         compared(["a", "b"])
 
 
-def explain(run: Path, name: str, **scores: float) -> None:
-    """A table of scores as `autointerp` leaves it, in the report too."""
+def explain(run: Path, name: str, *, takes: str | None = None, **scores: float) -> str:
+    """Scores as `autointerp` leaves them, in the report too; the hash of what it explained."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -195,29 +196,51 @@ def explain(run: Path, name: str, **scores: float) -> None:
     features = [int(key[1:]) for key in scores]
     columns = {"feature": features, "scored": [True] * len(scores), "spearman": [*scores.values()]}
     pq.write_table(pa.table(columns), folder / "latents.parquet")
+    artifacts = {"tables": {"latents": f"{name}/latents.parquet"}}
+    kept = folder / "explanations.json"
+    kept.write_text(str(scores))
+    if takes is None:
+        artifacts["texts"] = {kept.name: f"{name}/{kept.name}"}
     envelope = report["evaluators"]["density"] | {
         "evaluator": name, "type": "autointerp", "metrics": {}, "ci": {}, "notes": [],
-        "artifacts": {"tables": {"latents": f"{name}/latents.parquet"}},
+        "artifacts": artifacts, "config": {"reads": {"explanations": takes}} if takes else {},
     }  # fmt: skip
     report["evaluators"][name] = envelope
     (run / "report.json").write_text(json.dumps(report))
+    return hashlib.sha256(kept.read_bytes()).hexdigest()
 
 
-def test_one_saes_explanations_on_two_corpora(compared: Compared, outputs: Path) -> None:
-    a, copy = outputs / "train" / "a", outputs / "train" / "copy"
-    shutil.copytree(a, copy)
-    with pytest.raises(ConfigError, match=r"it has no scores of explanations"):
+def test_explanations_of_one_corpus_scored_on_others(compared: Compared, outputs: Path) -> None:
+    a, b, c = (outputs / "train" / name for name in ("a", "copy", "third"))
+    for run in (b, c):
+        shutil.copytree(a, run)
+    nobody = "compare=retention: no run scored the explanations of another of these .*: "
+    with pytest.raises(ConfigError, match=nobody + "none of them has scores of explanations"):
         compared(["a", "copy"], "compare=retention")
-    explain(a, "autointerp", f1=0.8, f2=0.5)
-    explain(copy, "autointerp", f1=0.4, f2=0.5)
-    explain(copy, "other", f1=0.4)
-    explain(outputs / "train" / "b", "autointerp", f1=0.4)
-    found = compared(["a", "copy", "b"], "compare=retention")["retention"]
-    (record,) = found["found"]
-    assert record["runs"] == ["a", "copy"] and record["evaluator"] == "autointerp"
-    assert record["retention_12"] == pytest.approx(0.75)
-    assert record["active_overlap"] == 1 and record["notes"] == []
-    assert any("no other run has the weights of the same SAE" in note for note in found["notes"])
+    source = explain(a, "autointerp", f1=0.8, f2=0.5)
+    with pytest.raises(ConfigError, match=nobody + r"left out, #1 autointerp: its explanations"):
+        compared(["a", "copy"], "compare=retention")
+    explain(b, "here", takes=source, f1=0.4, f2=0.5)
+    explain(b, "other", takes="f" * 64, f1=0.4)
+    explain(c, "autointerp", takes=source, f1=0.8, f2=0.1)
+    found = compared(["a", "copy", "third"], "compare=retention")["retention"]
+    one, two = found["found"]
+    assert (one["runs"], one["evaluators"]) == (["a", "copy"], ["autointerp", "here"])
+    assert two["runs"] == ["a", "third"] and one["data"] == ["toy", "toy"]
+    assert one["retention"] == pytest.approx(0.75) and two["retention"] == pytest.approx(0.6)
+    for record in (one, two):
+        assert record["uni_interp"] == pytest.approx((0.4 + 0.1) / 2)
+        assert record["active_overlap"] == 1 and record["notes"] == []
+    assert found["notes"] == [
+        "left out, #2 other: the explanations that it scored are of none of these runs"
+    ]
+    (a / "eval" / one_checkpoint(a) / "autointerp" / "latents.parquet").write_text("broken")
+    with pytest.raises(StoreError, match=r"latents\.parquet cannot be read"):
+        compared(["a", "copy"], "compare=retention")
+
+
+def one_checkpoint(run: Path) -> str:
+    return str(json.loads((run / "report.json").read_text())["run"]["checkpoint"])
 
 
 def test_the_sample_of_rows_is_of_whole_examples_and_seeded(compared: Compared) -> None:

@@ -108,9 +108,18 @@ def test_whose_activations_must_be_said(evaluate, folder, outputs):
     assert not list(outputs.glob("train/toy-saelens-*"))
 
 
-def test_a_run_is_measured_on_its_own_data(evaluate, run):
-    with pytest.raises(ConfigError, match=r"model=toy: .* is measured on what it was trained on"):
-        evaluate(run, "model=toy", "dataset.d=3")
+def test_a_run_is_measured_on_its_own_data_unless_a_model_is_named(evaluate, run, outputs, small):
+    with pytest.raises(ConfigError, match=r"store=stream: .* is measured on what it was trained o"):
+        evaluate(run, "store=stream")
+    given = [word for word in small if word.startswith(("model", "dataset", "store"))]
+    evaluate(run, *given, "dataset.seed=9")
+    (other,) = (path for path in outputs.glob("train/toy-topk-*") if path != run)
+    one, two = (load_report(path) for path in (run, other))
+    assert one["fingerprints"]["dataset"] != two["fingerprints"]["dataset"]
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(load_sae(other)(x).x_hat, load_sae(run)(x).x_hat)
+    source = two["evaluators"]["sparsity"]["sae"]["source_sha256"]
+    assert source == one["fingerprints"]["sae"]
 
 
 def test_a_site_of_another_width_is_refused(evaluate, folder):

@@ -111,7 +111,8 @@ class Trie:
 
     def __init__(self, templates: Iterable[Template]) -> None:
         self.root = _Node()
-        for template in templates:
+        self.templates = tuple(templates)
+        for template in self.templates:
             node = self.root
             path = [*reversed(template.tokens), *([START] if template.at_start else [])]
             for token in path:

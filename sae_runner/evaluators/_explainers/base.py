@@ -74,6 +74,8 @@ class Explainer(ABC):
     modality: ClassVar[Literal["text", "image"]]
     incomplete: str = ""
     """Why some latents have no explanation or verdict, in a line."""
+    shared: Any = None
+    """Of explanations that are taken over: what `common` gave where they were made."""
 
     @abstractmethod
     def check(self, setting: Setting) -> None:
@@ -94,6 +96,28 @@ class Explainer(ABC):
     @abstractmethod
     def explain(self, cases: Sequence[Case]) -> list[Explanation | None]:
         """An explanation of each latent from its examples to explain."""
+
+    def common(self) -> Any:
+        """What all explanations predict by besides their own rules, as JSON."""
+        return None
+
+    def kept(self, explanation: Explanation) -> Any:
+        """The rule of an explanation as JSON; None where the text is all there is."""
+        return None
+
+    def recalled(self, text: str, rule: Any) -> Explanation:
+        """An explanation from what was kept of it.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is damaged.
+        """
+        return Explanation(text)
+
+    def take_over(
+        self, explanations: Sequence[Explanation], cases: Sequence[Case]
+    ) -> list[Explanation | None]:
+        """Explanations of another evaluation, as far as they can be scored; for `explain`."""
+        return list(explanations)
 
     def predict(
         self,

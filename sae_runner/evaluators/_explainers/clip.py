@@ -78,7 +78,7 @@ class Clip(Explainer):
                 "this model has no text tower beside its images: use a CLIP model, or for text "
                 "evaluators=[autointerp]"
             )
-        n = len(self.concepts(setting.dataset.label_names))
+        n = len(self._vocabulary(setting))
         if n < max(2, self.n_concepts):
             raise ConfigError(f"backend.vocabulary={self.vocabulary}: {n} concepts are too few")
         if self.judge is not None:
@@ -95,6 +95,16 @@ class Clip(Explainer):
         if self.judge is not None and (known := hash_of_weights(self.judge)):
             found["judge"] = known
         return found
+
+    def _vocabulary(self, setting: Setting) -> list[str]:
+        """The concepts; those of the other evaluation where explanations are taken over.
+
+        Raises:
+            ConfigError: see `concepts`.
+        """
+        if self.shared is not None:
+            return list(self.shared["words"])
+        return self.concepts(setting.dataset.label_names)
 
     def _unreadable(self, error: OSError) -> ConfigError:
         return ConfigError(f"backend.vocabulary={self.vocabulary}: {error.strerror}")
@@ -124,15 +134,17 @@ class Clip(Explainer):
         assert context.setting is not None
         self.margins: list[float] = []
         self.labels: set[str] = set()
-        self.words = self.concepts(context.setting.dataset.label_names)
+        self.words = self._vocabulary(context.setting)
         every = showing.codes.example_ids.numpy()
         drawn = np.argsort(uniform(2, every, context.seed, LATENTS), kind="stable")
         reference = drawn[: self.n_reference].tolist()
 
+        self.terms = self.shared or {"templates": self.templates, "centre": self.centre}
+
         def eye_of(model: Model) -> Eye:
             tower = cast(TextTower, model)
-            texts = embed_concepts(tower, self.words, self.templates or tower.templates)
-            texts = normalize(texts - texts.mean(0), dim=1) if self.centre else texts
+            texts = embed_concepts(tower, self.words, self.terms["templates"] or tower.templates)
+            texts = normalize(texts - texts.mean(0), dim=1) if self.terms["centre"] else texts
             return Eye(model, showing, texts, reference, context.spent)
 
         self.eye = self.judging = eye_of(showing.model)
@@ -157,6 +169,29 @@ class Clip(Explainer):
             found.append(Explanation(" | ".join(self.words[i] for i in chosen), chosen))
         return found
 
+    def common(self) -> dict[str, Any]:
+        """See `Explainer.common`: the vocabulary and how it is embedded."""
+        return {**self.terms, "words": self.words}
+
+    def kept(self, explanation: Explanation) -> list[int]:
+        """See `Explainer.kept`: numbers in the vocabulary."""
+        return list(explanation.rule)
+
+    def recalled(self, text: str, rule: Any) -> Explanation:
+        """See `Explainer.recalled`."""
+        words = [str(self.shared["words"][i]) for i in rule]
+        if text != " | ".join(words) or {"templates", "centre"} - self.shared.keys():
+            raise ValueError(f"{text!r} is not what its rule says: {words}")
+        return Explanation(text, [*map(int, rule)])
+
+    def take_over(
+        self, explanations: Sequence[Explanation], cases: Sequence[Case]
+    ) -> list[Explanation | None]:
+        """See `Explainer.take_over`; the images of all latents are embedded together."""
+        self.judging.see({shown.slot for case in cases for shown in case.score})
+        self.labels.update(self.words[explanation.rule[0]] for explanation in explanations)
+        return list(explanations)
+
     def verdict(self, explanation: Explanation, case: Case) -> Verdict:
         """See `Explainer.verdict`."""
         centred = self.judging.centred([shown.slot for shown in case.score])
@@ -166,9 +201,8 @@ class Clip(Explainer):
 
     def counts(self) -> dict[str, float]:
         """How many concepts explain anything, and by how much the first is ahead (cosine)."""
-        if not self.margins:
-            return {}
-        return {"n_labels": len(self.labels), "margin_mean": float(np.mean(self.margins))}
+        margin = {"margin_mean": float(np.mean(self.margins))} if self.margins else {}
+        return {"n_labels": len(self.labels), **margin} if self.labels else {}
 
     def remarks(self) -> list[Note]:
         """Who judges, where it is the host; and a judge that is the host again."""

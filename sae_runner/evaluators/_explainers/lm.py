@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -170,12 +171,8 @@ class LanguageModel(Explainer):
         """See `Explainer.explain`; no more latents are begun than the budget can finish."""
         prompts = [self._question(case) for case in cases]
         known = [self.asking.knows(prompt, EXPLANATION_TOKENS) for prompt in prompts]
-        per_latent = max((self._calls(case) for case in cases), default=1)
-        room = self.max_calls // per_latent
-        begun = [k or sum(not x for x in known[:i]) < room for i, k in enumerate(known)]
+        begun = self._begun(cases, known)
         self._announce(cases, prompts, sum(known))
-        if not all(begun):
-            self.asking.why = f"backend.max_calls={self.max_calls} is spent"
 
         def ask(i: int) -> Explanation | None:
             if not begun[i]:
@@ -187,6 +184,37 @@ class LanguageModel(Explainer):
             return Explanation(text, text)
 
         return self.asking.each("autointerp: explaining", ask, range(len(cases)))
+
+    def _begun(self, cases: Sequence[Case], known: Sequence[bool]) -> list[bool]:
+        """Which latents the budget can finish, where the first question of some is answered."""
+        per_latent = max((self._calls(case) for case in cases), default=1)
+        room = self.max_calls // per_latent
+        begun = [k or sum(not x for x in known[:i]) < room for i, k in enumerate(known)]
+        if not all(begun):
+            self.asking.why = f"backend.max_calls={self.max_calls} is spent"
+        return begun
+
+    def recalled(self, text: str, rule: Any) -> Explanation:
+        """See `Explainer.recalled`."""
+        return Explanation(text, text)
+
+    def take_over(
+        self, explanations: Sequence[Explanation], cases: Sequence[Case]
+    ) -> list[Explanation | None]:
+        """See `Explainer.take_over`; no more latents are begun than the budget can finish."""
+        known = []
+        for explanation, case in zip(explanations, cases, strict=True):
+            texts, _ = self._in_order(case)
+            first = _prompts.detect(explanation.text, texts[: self.per_prompt])
+            known.append(self.asking.knows(first, LIST_TOKENS))
+        begun = self._begun(cases, known)
+        self._announce(cases, [""] * len(cases), sum(known))
+        return [e if begins else None for e, begins in zip(explanations, begun, strict=True)]
+
+    def _in_order(self, case: Case) -> tuple[list[str], npt.NDArray[np.int64]]:
+        """The scored excerpts as they are listed, and the place of each."""
+        order = drawn(case, case.score, self.seed, ORDER)
+        return [window_of(case.score[i]).text for i in order], order
 
     def _question(self, case: Case) -> str:
         return _prompts.explain(explained_excerpts(case))
@@ -263,11 +291,10 @@ class LanguageModel(Explainer):
 
     def _verdict(self, explanation: str, case: Case, control: bool) -> Verdict | None:
         verdict, understood = Verdict(), list[bool]()
-        texts = [window_of(shown).text for shown in case.score]
+        texts, order = self._in_order(case)
         truth = np.array([shown.act > 0 for shown in case.score], dtype=bool)
-        order = drawn(case, case.score, self.seed, ORDER)
         verdict.said = self._lists(
-            [texts[i] for i in order], truth[order],
+            texts, truth[order],
             lambda part: _prompts.detect(explanation, part), understood,
         )[np.argsort(order)]  # fmt: skip
         if self.fuzz and not control:

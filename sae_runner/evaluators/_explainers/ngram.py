@@ -12,7 +12,7 @@ is the share of the examples for which no suffix, cut so, keeps half of the acti
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -99,9 +99,24 @@ class NGram(Explainer):
         predicted = [self._predicted(explanation.rule, shown) for shown in case.score]
         return Verdict(predicted, np.array([bool((p > 0).any()) for p in predicted]))
 
+    def kept(self, explanation: Explanation) -> list[Template]:
+        """See `Explainer.kept`: the templates, in the order in which the trie takes them."""
+        trie: Trie = explanation.rule
+        return list(trie.templates)
+
+    def recalled(self, text: str, rule: Any) -> Explanation:
+        """See `Explainer.recalled`."""
+        templates = [
+            Template(tuple(map(int, tokens)), float(value), bool(at_start))
+            for tokens, value, at_start in rule
+        ]
+        return Explanation(text, Trie(templates))
+
     def counts(self) -> dict[str, float]:
         """Share of the texts that keep less than half of their activation in every suffix."""
-        return {"not_reproduced_frac": self.n_not_reproduced / max(self.n_documents, 1)}
+        if not self.n_documents:
+            return {}
+        return {"not_reproduced_frac": self.n_not_reproduced / self.n_documents}
 
     def _document(self, latent: int, shown: Shown) -> Document:
         assert shown.window is not None
