@@ -194,7 +194,8 @@ class Registry:
         where = where or self.kind
         name = options.pop("type", None)
         if name is None:
-            raise ConfigError(f"'{where}.type' needs a value.{did_you_mean('', self.names())}")
+            named = where.partition(".")[2]  # As in evaluators.NAME, which mostly is its type.
+            raise ConfigError(f"'{where}.type' needs a value.{did_you_mean(named, self.names())}")
         try:
             cls = self[str(name)]
         except ConfigError as error:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from sae_runner.composition import keys_of
@@ -88,8 +89,25 @@ def explain_key(error: Any) -> str:
     """A key that is not there, or a value of another type."""
     first_line = str(error).splitlines()[0]
     if first_line.startswith("Key ") and error.parent_node is not None:
+        if elsewhere := same_key_elsewhere(str(error.key), error.parent_node):
+            return f"no key {error.full_key!r}. Did you mean {' or '.join(map(repr, elsewhere))}?"
         known = [key for key in error.parent_node if key != "hydra"]
         return f"no key {error.full_key!r}.{did_you_mean(str(error.key), known)}"
     if "Missing mandatory value" in first_line:
         return f"{error.full_key!r} needs a value"
     return f"{error.full_key}: {first_line}" if error.full_key else first_line
+
+
+def same_key_elsewhere(key: str, node: Any) -> list[str]:
+    """Where else in the config of `node` a key of just this name is: `k` is there as `sae.k`."""
+    from omegaconf import DictConfig
+
+    def below(parent: Any, at: str) -> Iterator[str]:
+        for name in parent:
+            child = parent._get_node(name)
+            if name == key and at:
+                yield f"{at}{name}"
+            if isinstance(child, DictConfig) and f"{at}{name}" != "hydra" and not child._is_none():
+                yield from below(child, f"{at}{name}.")
+
+    return sorted(below(node._get_root(), ""))

@@ -29,8 +29,14 @@ BAD = {
     "unknown option": (["train", "sae=topkk"], "no option 'topkk' in group 'sae'. Did you mean 'topk'?"),
     "unknown key": (["train", "sae.kk=3"], "no key 'sae.kk'. Did you mean 'k'?"),
     "unknown key with +": (["train", "+sae.kk=3"], "no key 'sae.kk'. Did you mean 'k'?"),
+    "key without its group": (["train", "k=3"], "no key 'k'. Did you mean 'sae.k' or 'site.k'?"),
+    "key of several groups": (
+        ["train", "batch_size=3"], "no key 'batch_size'. Did you mean 'eval.batch_size' or 'model.batch_size' or 'trainer.batch_size'?"),
+    "key in another group": (["train", "sae.lr=1"], "no key 'sae.lr'. Did you mean 'trainer.lr'?"),
     "unknown group": (["train", "seas=topk"], "seas"),
     "unknown evaluator": (["train", "evaluators=[sparsty]"], "Did you mean 'sparsity'?"),
+    "new evaluator by a key": (
+        ["train", "+evaluators.geometri.seed=0"], "'evaluators.geometri.type' needs a value. Did you mean 'geometry'?"),
     "key of an evaluator": (["train", "evaluators.sparsity.active_epss=1"], "active_eps"),
     "missing value": (["train", "~sae.k"], "'sae.k' needs a value"),
     "text for a number": (["train", "sae.k=abc"], "sae.k=abc: Value 'abc' of type 'str'"),
