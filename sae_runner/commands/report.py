@@ -90,7 +90,7 @@ def compared(comparison: Comparison, options: ReportOptions) -> list[Section]:
         found = similarities(comparison, options.similarity)
         sections.append(similarity_section(*found, options.similarity.shared_cosine))
     if "firing" in options.compare:
-        from sae_runner.commands.between import firings
+        from sae_runner.commands.firings import firings
 
         sections.append(firing_section(*firings(comparison, options.firing)))
     if "retention" in options.compare:

@@ -10,9 +10,13 @@ after Bricken et al. 2023, activation similarity. Latents that are constant over
 those that never fire, are left out and counted. The baseline is the same with one side's examples
 shuffled: within each position, rows are dealt to other examples, so that what is left is chance
 and what depends on the position alone.
+
+Neurons, the raw coordinates x_j of the two sites, are a second baseline: the same maxima over the
+same units with x for f (an example's greatest x_j, where units are examples). They are dense, and
+read some rows at a time from where they lie.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +26,8 @@ from sae_runner.evaluators._codes import Codes
 
 CELLS = 2**23
 """Correlations that are in memory at a time: 64 MB."""
+ROWS_AT_ONCE = 4096
+"""Of neurons."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HIGH = 0.5
 Vector = npt.NDArray[np.float64]
@@ -35,18 +41,46 @@ class Units(NamedTuple):
     two: Any
     stratum: npt.NDArray[np.int64]
     """Within which units may be shuffled: the position, or 0 for examples."""
+    of_one: npt.NDArray[np.int64]
+    """Their numbers among the units of the first SAE."""
+    of_two: npt.NDArray[np.int64]
 
 
-def firing(one: Codes, two: Codes, *, by_row: bool, seed: int) -> dict[str, Any]:
-    """Metrics of two SAEs' firing by name; null where fewer than two units or latents are left."""
-    units = common_rows(one, two) if by_row else common_examples(one, two)
-    shuffled = units.two[shuffle(units.stratum, seed)]
+def firing(
+    one: Codes, two: Codes, *, by_row: bool, seed: int, neurons: Sequence[Any] | None = None
+) -> dict[str, Any]:
+    """Metrics of two SAEs' firing by name; null where fewer than two units or latents are left.
+
+    Args:
+        one: latents of the first SAE.
+        two: latents of the second.
+        by_row: whether units are rows, or examples.
+        seed: of the shuffled baseline.
+        neurons: coordinates of both sites on all of their units, [n, d], in the order of `keys_of`.
+    """
+    units = common_units(one, two, by_row=by_row)
+    permutation = shuffle(units.stratum, seed)
     found: dict[str, Any] = {"unit": "row" if by_row else "example", "n_units": len(units.stratum)}
-    real, chance = max_correlations(units.one, units.two), max_correlations(units.one, shuffled)
-    for direction, best, lucky in zip(("12", "21"), real, chance, strict=True):
-        found[f"n_constant_{direction[0]}"] = int(np.isnan(best).sum())
-        found |= {f"{name}_{direction}": value for name, value in summary(best).items()}
-        found |= {f"{name}_shuffled_{direction}": value for name, value in summary(lucky).items()}
+    real = max_correlations(units.one, units.two)
+    chance = max_correlations(units.one, units.two[permutation])
+    found |= _directed(real, chance, "")
+    if neurons is not None:
+        x = neurons[0], units.of_one
+        real = max_correlations_of_neurons(x, (neurons[1], units.of_two))
+        chance = max_correlations_of_neurons(x, (neurons[1], units.of_two[permutation]))
+        found |= _directed(real, chance, "_neurons")
+    return found
+
+
+def _directed(
+    real: tuple[Vector, Vector], chance: tuple[Vector, Vector], what: str
+) -> dict[str, Any]:
+    """Summaries of the maxima each way, of shuffled examples too."""
+    found: dict[str, Any] = {}
+    for way, best, lucky in zip(("12", "21"), real, chance, strict=True):
+        found[f"n_constant{what}_{way[0]}"] = int(np.isnan(best).sum())
+        found |= {f"{name}{what}_{way}": value for name, value in summary(best).items()}
+        found |= {f"{name}{what}_shuffled_{way}": value for name, value in summary(lucky).items()}
     return found
 
 
@@ -61,23 +95,34 @@ def summary(best: Vector) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-def common_rows(one: Codes, two: Codes) -> Units:
-    """The rows of examples and positions that both have."""
-    # Positions are far below 2^20, ids below 2^43.
-    keys = [(c.example_ids[c.slot] * 2**20 + c.position).numpy() for c in (one, two)]
+def unit_keys(
+    example_id: npt.NDArray[np.int64], position: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """A number for each row; positions are far below 2^20, ids below 2^43."""
+    keys: npt.NDArray[np.int64] = example_id * 2**20 + position
+    return keys
+
+
+def keys_of(codes: Codes, by_row: bool) -> npt.NDArray[np.int64]:
+    """A number for each unit, ascending: the same for two SAEs where the unit is the same."""
+    ids = codes.example_ids.numpy()
+    return unit_keys(ids[codes.slot.numpy()], codes.position.numpy()) if by_row else ids
+
+
+def common_units(one: Codes, two: Codes, *, by_row: bool) -> Units:
+    """The rows of examples and positions that both have; or the examples, latents at their peak."""
+    keys = [keys_of(codes, by_row) for codes in (one, two)]
     _, of_one, of_two = np.intersect1d(keys[0], keys[1], True, return_indices=True)
-    return Units(by_row(one)[of_one], by_row(two)[of_two], one.position.numpy()[of_one])
-
-
-def common_examples(one: Codes, two: Codes) -> Units:
-    """The examples that both have, each latent at its strongest in it."""
-    ids = one.example_ids.numpy(), two.example_ids.numpy()
-    _, of_one, of_two = np.intersect1d(*ids, assume_unique=True, return_indices=True)
+    if by_row:
+        stratum = one.position.numpy()[of_one]
+        return Units(
+            rows_of(one)[of_one], rows_of(two)[of_two], stratum, of_one, of_two
+        )  # fmt: skip
     stratum = np.zeros(len(of_one), np.int64)
-    return Units(by_example(one)[of_one], by_example(two)[of_two], stratum)
+    return Units(by_example(one)[of_one], by_example(two)[of_two], stratum, of_one, of_two)
 
 
-def by_row(codes: Codes) -> Any:
+def rows_of(codes: Codes) -> Any:
     """Codes as a CSR matrix [n, d_sae]."""
     from scipy.sparse import csr_array
 
@@ -138,3 +183,49 @@ def moments(a: Any) -> tuple[Vector, Vector]:
     variance = square - mean**2
     # What rounding leaves of a constant's variance is no variance.
     return mean, np.sqrt(np.where(variance > 1e-12 * square, variance, np.nan))
+
+
+# -- Neurons -------------------------------------------------------------------------------------
+
+Placed = tuple[Any, npt.NDArray[np.int64]]
+"""Coordinates [m, d], and which of their rows are looked at, in order."""
+
+
+def max_correlations_of_neurons(a: Placed, b: Placed) -> tuple[Vector, Vector]:
+    """`max_correlations` of dense columns: some of `a` at a time, and of each some rows."""
+    (mean_a, sd_a), (mean_b, sd_b) = dense_moments(a), dense_moments(b)
+    of_a, of_b = np.full(len(mean_a), np.nan), np.full(len(mean_b), np.nan)
+    n, size = len(a[1]), max(1, CELLS // max(len(mean_b), 1))
+    if n < 2:
+        return of_a, of_b
+    with np.errstate(invalid="ignore"):
+        for begin in range(0, len(mean_a), size):
+            part = slice(begin, begin + size)
+            products = np.zeros((len(mean_a[part]), len(mean_b)))
+            for rows_a, rows_b in zip(parts_of(a), parts_of(b), strict=True):
+                # In standard units float32 is enough for a product of some thousand rows.
+                left = ((rows_a[:, part] - mean_a[part]) / sd_a[part]).astype(np.float32)
+                products += left.T @ ((rows_b - mean_b) / sd_b).astype(np.float32)
+            of_a[part] = np.fmax.reduce(products, axis=1) / n
+            of_b = np.fmax(of_b, np.fmax.reduce(products, axis=0) / n)
+    return of_a, of_b
+
+
+def parts_of(placed: Placed) -> Iterator[Vector]:
+    """The rows that are looked at, some at a time, in float64."""
+    x, rows = placed
+    for begin in range(0, len(rows), ROWS_AT_ONCE):
+        yield x[rows[begin : begin + ROWS_AT_ONCE]].astype(np.float64)
+
+
+def dense_moments(placed: Placed) -> tuple[Vector, Vector]:
+    """`moments` of dense columns, in two passes."""
+    x, rows = placed
+    n = max(len(rows), 1)
+    mean, variance = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for part in parts_of(placed):
+        mean += part.sum(0) / n
+    for part in parts_of(placed):
+        variance += np.square(part - mean).sum(0) / n
+    scale = variance + np.square(mean)
+    return mean, np.sqrt(np.where(variance > 1e-12 * scale, variance, np.nan))

@@ -35,14 +35,15 @@ class FiringOptions(NamedTuple):
 
     n_rows: int
     batch_size: int
+    neurons: bool
     seed: int
 
     @classmethod
     def from_config(
-        cls, *, n_rows: Positive, batch_size: Positive, seed: NonNegative
+        cls, *, n_rows: Positive, batch_size: Positive, neurons: bool, seed: NonNegative
     ) -> "FiringOptions":
         """Typed and in range."""
-        return cls(n_rows, batch_size, seed)
+        return cls(n_rows, batch_size, neurons, seed)
 
 
 class ProxyOptions(NamedTuple):

@@ -24,7 +24,8 @@ SIMILARITY_ABOUT = (
 FIRING_ABOUT = (
     "Correlation over the same held-out examples. max_corr: mean over the first run's latents of "
     "the greatest correlation with one of the second's (→), and the other way round (←); shuffled: "
-    "the same with the second's examples shuffled, which is chance. > .5: share of latents with a "
+    "the same with the second's examples shuffled, which is chance; neurons: the same of the raw "
+    "coordinates of the two sites. > .5: share of latents with a "
     "partner above 0.5."
 )
 RETENTION_ABOUT = (
@@ -55,9 +56,12 @@ def similarity_section(
 
 def firing_section(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> Section:
     """A row for each pair of runs."""
+    with_neurons = any("max_corr_mean_neurons_12" in record for record in records)
+    neurons = {"neurons →": "max_corr_mean_neurons_12", "neurons ←": "max_corr_mean_neurons_21"}
+    neurons = neurons if with_neurons else {}
     columns = {"max_corr →": "max_corr_mean_12", "max_corr ←": "max_corr_mean_21",
                "shuffled →": "max_corr_mean_shuffled_12",
-               "shuffled ←": "max_corr_mean_shuffled_21", "> .5 →": "frac_above_half_12",
+               "shuffled ←": "max_corr_mean_shuffled_21", **neurons, "> .5 →": "frac_above_half_12",
                "> .5 ←": "frac_above_half_21", "over": "over"}  # fmt: skip
     shown = [{**r, "over": f"{r['n_units']:,} {r['unit']}s"} for r in records]
     section = _pairs("firing", "Latents that fire together", FIRING_ABOUT, columns, shown, notes)

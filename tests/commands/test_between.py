@@ -83,6 +83,10 @@ def test_a_run_is_what_its_copy_is(compared: Compared, outputs: Path) -> None:
         assert similar[name] == pytest.approx(1, abs=1e-6), name
     assert firing["max_corr_quantiles_12"]["0.05"] == pytest.approx(1)
     assert firing["max_corr_mean_shuffled_12"] < 0.5
+    assert firing["max_corr_quantiles_neurons_21"]["0.05"] == pytest.approx(1, abs=1e-5)
+    assert firing["max_corr_mean_neurons_shuffled_12"] < 0.5
+    found = compared(["a", "copy"], "compare=firing", "firing.neurons=false")["firing"]
+    assert found["found"][0] == {k: v for k, v in firing.items() if "neurons" not in k}
 
 
 def test_only_latents_that_fired_are_compared(compared: Compared, outputs: Path) -> None:

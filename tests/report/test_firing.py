@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from sae_runner.evaluators._codes import Codes
-from sae_runner.report.firing import correlations, firing, max_correlations, shuffle
+from sae_runner.report.firing import (
+    correlations,
+    firing,
+    max_correlations,
+    max_correlations_of_neurons,
+    shuffle,
+)
 from sae_runner.saes._latents import Latents
 
 
@@ -134,3 +140,50 @@ def test_no_unit_in_common_gives_nulls() -> None:
     for by_row in (True, False):
         found = firing(codes(sparse(10, 3)), other, by_row=by_row, seed=0)
         assert found["n_units"] == 0 and found["max_corr_mean_12"] is None
+
+
+def raw(n: int, d: int, seed: int = 0) -> Any:
+    """Coordinates with means far from 0, one of them constant."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((n, d)) * generator.uniform(0.1, 9, d) + 50
+    x[:, 1] = 7.3
+    return x.astype(np.float32)
+
+
+def test_correlations_of_neurons_are_numpys_whatever_the_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, two = raw(300, 9), raw(260, 7, 1)
+    two[:, 0] = one[:260, 3] + 0.1 * two[:, 0]
+    of_one, of_two = np.arange(250)[::-1] + 2, np.arange(250) + 5
+    a, b = one[of_one], two[of_two]
+    with np.errstate(invalid="ignore"):
+        expected = np.corrcoef(a.T.astype(float), b.T.astype(float))[:9, 9:]
+    expected[1], expected[:, 1] = np.nan, np.nan
+    best = np.fmax.reduce(expected, axis=1), np.fmax.reduce(expected, axis=0)
+    for cells, rows in ((2**23, 4096), (10, 64)):
+        monkeypatch.setattr("sae_runner.report.firing.CELLS", cells)
+        monkeypatch.setattr("sae_runner.report.firing.ROWS_AT_ONCE", rows)
+        found = max_correlations_of_neurons((one, of_one), (two, of_two))
+        for mine, theirs in zip(found, best, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    nothing = max_correlations_of_neurons((one, of_one[:1]), (two, of_two[:1]))
+    assert np.isnan(nothing[0]).all() and np.isnan(nothing[1]).all()
+
+
+def test_neurons_are_compared_on_the_units_of_the_latents() -> None:
+    acts, n = sparse(90, 5), 90
+    ids, place = torch.arange(n) // 3, torch.arange(n) % 3
+    kept = torch.arange(n)[30:]  # The second has no rows of the first ten examples.
+    x = raw(n, 4)
+    one, two = codes(acts, ids, place), codes(acts[kept], ids[kept], place[kept])
+    found = firing(one, two, by_row=True, seed=0, neurons=[x, 3 * x[30:] + 1])
+    assert found["n_units"] == 60 and found["n_constant_neurons_1"] == 1
+    for way in ("12", "21"):
+        assert found[f"max_corr_mean_neurons_{way}"] == pytest.approx(1, abs=1e-5)
+        assert found[f"max_corr_mean_neurons_shuffled_{way}"] < 0.6
+    without = firing(one, two, by_row=True, seed=0)
+    assert found.keys() > without.keys()
+    assert {k: found[k] for k in without} == without
+    turned = firing(one, two, by_row=True, seed=0, neurons=[x, -x[30:]])
+    assert turned["max_corr_mean_neurons_12"] < 0.5  # A sign is not looked past.
