@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from sae_runner.commands.pipeline import Pipeline
-from sae_runner.data.base import Ids, Split
+from sae_runner.data.base import Dataset, Ids, Split
 from sae_runner.evaluators._shared_pass import InputPass, encoded
 from sae_runner.evaluators.base import EvalContext, Rows
 from sae_runner.models.base import Inputs
@@ -21,6 +21,12 @@ def context_of(sae: SAE, store: Activations, pipeline: Pipeline) -> EvalContext:
         size = pipeline.eval_options.batch_size
         return (encoded(sae, batch) for batch in store.rows(split, size, n_examples=n_examples))
 
+    def rows_of(dataset: Dataset, split: Split) -> Iterator[Rows]:
+        size = pipeline.eval_options.batch_size
+        limit = getattr(store, "norm_limit", None)
+        stream = pipeline.stream_of(dataset, norm_limit=limit, max_bad=dataset.max_bad)
+        return (encoded(sae, batch) for batch in stream.rows(split, size))
+
     return EvalContext(
         sae=sae,
         n_rows=min(wanted or n_rows, n_rows),
@@ -35,6 +41,7 @@ def context_of(sae: SAE, store: Activations, pipeline: Pipeline) -> EvalContext:
         setting=pipeline.setting,
         n_latents=pipeline.eval_options.n_latents,
         rows=rows,
+        rows_of=rows_of,
     )
 
 

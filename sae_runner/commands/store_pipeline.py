@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae_runner import files
 from sae_runner.commands import names
@@ -40,6 +40,9 @@ from sae_runner.store.manifest import STORE_SCHEMA, read_json, selection_dir, si
 from sae_runner.store.pair import PairedStore
 from sae_runner.store.reader import Activations, ActivationStore
 from sae_runner.store.window import WindowPlan
+
+if TYPE_CHECKING:
+    from sae_runner.store.stream import StreamStore
 
 log = logging.getLogger("sae_runner")
 READS = {"image": {"image"}, "text": {"text", "tokens"}, "rows": {"rows"}}
@@ -259,11 +262,18 @@ class StorePipeline:
             if self.target is not None:
                 return PairedStore(folder, self.selection_dir(self.target), **reading)
             return ActivationStore(folder, **reading)
+        return self.stream_of(self.dataset, max_bad=self.loading.max_bad)
+
+    def stream_of(
+        self, dataset: Dataset, *, max_bad: float, norm_limit: float | None = None
+    ) -> "StreamStore":
+        """Activations of the one site, or of a pair, as the model computes them of a dataset."""
         from sae_runner.store.stream import StreamStore
 
+        options, info = self.store_options, self.site
         return StreamStore(
-            lambda: self.model, self.dataset, info, self.selection, self.plan(info),
-            mix_rows=options.mix_rows, keep_bytes=options.keep_bytes, dtype=options.dtype,
+            lambda: self.model, dataset, info, self.selection, self.plan(info, dataset),
+            target=self.target, norm_limit=norm_limit, mix_rows=options.mix_rows,
+            keep_bytes=options.keep_bytes, dtype=options.dtype, max_bad=max_bad,
             batch_size=self.loading.batch_size, workers=self.loading.workers,
-            max_bad=self.loading.max_bad,
         )  # fmt: skip

@@ -5,7 +5,6 @@ scores of `SCORES` (whole numbers from 0, or null where the rater gave none), in
 seconds.
 """
 
-import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,23 +39,6 @@ class Response(NamedTuple):
         """The sum of some scores; None where one is missing."""
         given = [self.scores[name] for name in names]
         return None if None in given else sum(v for v in given if v is not None)
-
-
-def response_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and globs mean.
-
-    Raises:
-        ConfigError: one that means none.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
-        paths = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded))
-        files = [path for path in map(Path, paths) if path.is_file()]
-        if not files:
-            raise ConfigError(f"responses={pattern}: there is no such file")
-        found |= dict.fromkeys(files)
-    return list(found)
 
 
 def read_responses(paths: Sequence[Path]) -> list[Response]:

@@ -28,7 +28,8 @@ class Task:
     """A question with yes or no for an answer."""
 
     name: str
-    family: Family
+    family: str
+    """A `Family`, or the file that it is from."""
     train: Part
     test: Part
 
@@ -75,6 +76,7 @@ def class_tasks(
     test: Ints,
     names: Sequence[str],
     *,
+    family: str = "labels",
     balance: bool,
     seed: int,
     most: int,
@@ -85,6 +87,7 @@ def class_tasks(
         train: class of each pooled training example, -1 where it has none.
         test: of each test example.
         names: of the classes.
+        family: of the tasks.
         balance: whether to subsample.
         seed: of what is drawn.
         most: as many tasks at most.
@@ -104,7 +107,7 @@ def class_tasks(
                     generator=generator)
             for label in (train, test)
         ]  # fmt: skip
-        tasks.append(Task(names[c], "labels", *parts))
+        tasks.append(Task(names[c], family, *parts))
     return tasks, len(present) - len(tasks)
 
 

@@ -114,6 +114,8 @@ class EvalContext:
     """Latents to sample where they are looked at one by one."""
     rows: Callable[[Split, int], Iterator[Rows]] | None = None
     """Encoded rows of the first n examples that the store visits (a seeded sample), whole."""
+    rows_of: Callable[[Dataset, Split], Iterator[Rows]] | None = None
+    """Encoded rows of other data: what the model makes of them at the same site and tokens."""
     codes: Callable[[], Codes] | None = None
     """At the end of the pass: its latents by example, where `keeps_codes`."""
     folder: Path | None = None

@@ -30,10 +30,11 @@ from sae_runner.evaluators._activating import strata
 from sae_runner.evaluators._bootstrap import checked_resamples
 from sae_runner.evaluators._codes import Codes
 from sae_runner.evaluators._controls import Control, Controls, by_frequency
+from sae_runner.evaluators._given_files import given_files
 from sae_runner.evaluators._pack import Pack, Pictures, item_id, plan
 from sae_runner.evaluators._promoted import Outputs, names_of
 from sae_runner.evaluators._ratings import Origin, Ratings
-from sae_runner.evaluators._responses import SCORES, TOTAL, read_responses, response_files
+from sae_runner.evaluators._responses import SCORES, TOTAL, read_responses
 from sae_runner.evaluators._showing import ImageView, Showing, TextWindow
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows, Setting
 from sae_runner.models._text import ReadsTokens
@@ -101,13 +102,13 @@ class Human(Evaluator):
             )
         if modality != "image" and not isinstance(setting.shapes(), ReadsTokens):
             raise ConfigError("not applicable: the model's tokens are no pieces of text")
-        read_responses(response_files(self.wanted))
+        read_responses(given_files("responses", self.wanted))
 
     def reads(self) -> dict[str, str]:
         """The response files' hashes."""
         return {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in response_files(self.wanted)
+            for path in given_files("responses", self.wanted)
         }
 
     def start(self, context: EvalContext) -> None:
@@ -117,7 +118,7 @@ class Human(Evaluator):
             ConfigError: responses to another pack than the one that is there.
         """
         self.context = context
-        self.responses = read_responses(response_files(self.wanted))
+        self.responses = read_responses(given_files("responses", self.wanted))
         items = context.folder / "items.jsonl" if context.folder else Path("items.jsonl")
         if self.responses and items.is_file():
             first = items.read_text("utf-8")[: 2 * len('{"pack": ""') + 64]

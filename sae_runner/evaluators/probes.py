@@ -2,8 +2,10 @@
 
 Each example of the dataset is one vector: the latents of its tokens, pooled, and its raw
 activations (of what is reconstructed), pooled alike. Probes are fitted on examples of the train
-split and measured on held-out ones. Tasks are the dataset's classes, each against the rest, and
-questions that a text answers itself (`_text_tasks`). With L = mean cross-entropy in nats:
+split and measured on held-out ones. Tasks are the dataset's classes, each against the rest,
+questions that a text answers itself (`_text_tasks`), and labelled files of any other examples
+(`_task_files`), which the model reads as it does the dataset's. With L = mean cross-entropy in
+nats:
 
     probe_loss_train_min  least L over single latents, on the train set (Gao et al. 2024)
     probe_loss_test       L of that same latent on the test set: nothing is chosen there
@@ -21,35 +23,34 @@ largest difference of class means, in their own units (SAEBench; Gurnee et al. 2
 With `latent: pre` the pre-activations of latents, pooled alike, stand for them in all of this (Gao
 et al. 2024): a latent may tell a task apart before it fires. They are dense: [n, d_sae] in float32.
 
-Category `probes` holds means over tasks, `probes_labels` and `probes_text` those over each kind.
-Intervals are over tasks: that an average of so few tasks moves with the tasks is what they show.
+Category `probes` holds means over tasks; `probes_labels`, `probes_text` and `probes_FILE` those
+over each family, where there are several (`_probe_findings`).
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from sae_runner.config import NonNegative, Positive, PositiveFloat, Range
-from sae_runner.data.base import Example
-from sae_runner.errors import ConfigError
+from sae_runner.data._labelled_files import LabelledFile
+from sae_runner.data.base import SPLITS, Dataset, Example, Split
+from sae_runner.errors import ConfigError, DataError
 from sae_runner.evaluators import EVALUATORS
-from sae_runner.evaluators._bootstrap import checked_resamples, intervals, ratio_of
+from sae_runner.evaluators._bootstrap import checked_resamples
 from sae_runner.evaluators._numbers import Scalars
 from sae_runner.evaluators._pooling import Pool, Pooled, PreActs, pooled
+from sae_runner.evaluators._probe_findings import findings_of
 from sae_runner.evaluators._probe_task import Measured, Options, measure_task
+from sae_runner.evaluators._task_files import check_files, family_of, names_of_tasks, opened
 from sae_runner.evaluators._tasks import Family, Task, class_tasks, text_tasks
 from sae_runner.evaluators._text_tasks import answers, n_words
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows, Setting
 from sae_runner.log import Progress
 from sae_runner.models._text import ReadsTokens
 
-# Columns of a task's row that are no numbers to average.
-NOT_AVERAGED = ("task", "family", "best_latent", "w", "b", "llm_full_C", "sae_full_C")
-NO_INTERVAL = ("n_train", "n_test", "positive_rate_test", "n_constant")
 WHAT = {"labels": "classes", "text": "text"}
-FEW_TASKS = 10
 
 
 @EVALUATORS.register("probes")
@@ -59,6 +60,7 @@ class Probes(Evaluator):
     Args:
         tasks: `labels`, the dataset's classes; `text`, questions about the text; those that the
             dataset can serve are taken.
+        files: paths and globs of files of tasks.
         latent: `post`, latents as they are decoded, or `pre`, before their activation function.
         pool: what an example's tokens become.
         n_train: examples of the train split.
@@ -80,6 +82,7 @@ class Probes(Evaluator):
         self,
         *,
         tasks: list[Family],
+        files: list[str] | str,
         latent: Literal["post", "pre"],
         pool: Pool,
         n_train: Positive,
@@ -93,9 +96,11 @@ class Probes(Evaluator):
         n_folds: Annotated[int, Range(ge=2)],
         n_bootstrap: NonNegative,
     ) -> None:
-        for key, values in (("tasks", tasks), ("strengths", strengths)):
-            if not values:
-                raise ConfigError(f"evaluators.probes.{key} is empty: name at least one")
+        self.files = [files] if isinstance(files, str) else files
+        if not tasks and not self.files:
+            raise ConfigError("evaluators.probes.tasks is empty: name at least one, or files")
+        if not strengths:
+            raise ConfigError("evaluators.probes.strengths is empty: name at least one")
         self.families, self.latent, self.pool, self.balance = tasks, latent, pool, balance
         self.n_train, self.n_test = n_train, n_test
         self.min_per_class, self.max_classes = min_per_class, max_classes
@@ -103,8 +108,23 @@ class Probes(Evaluator):
         self.n_bootstrap = checked_resamples(n_bootstrap, "probes")
 
     def check(self, setting: Setting) -> None:
-        """Refuse a dataset that no task can be made of, and a class token that is not there."""
-        dataset = setting.dataset
+        """Refuse what no task can be made of, and latents or a class token that are not there."""
+        if self.files:
+            check_files(self._opened(0), setting.shapes().modality, self.min_per_class)
+        else:
+            self._check_dataset(setting.dataset)
+        if self.latent == "pre":
+            self._check_pre_acts(setting)
+        if self.pool == "cls":
+            tokens = setting.selection.tokens
+            is_image = setting.site.grid is not None
+            if not setting.site.has_cls or not (tokens == "cls" or (tokens == "all" and is_image)):
+                raise ConfigError(
+                    f"pool=cls: site.tokens={tokens} of {setting.site.name} has no class token; "
+                    "use pool=mean"
+                )
+
+    def _check_dataset(self, dataset: Dataset) -> None:
         classes = dataset.label_names
         is_text = dataset.modality in ("text", "tokens")
         asks_text = is_text and "text" in self.families
@@ -120,16 +140,6 @@ class Probes(Evaluator):
             raise ConfigError(
                 f"dataset {dataset.name!r} has one class, {classes[0]!r}: nothing to tell apart"
             )
-        if self.latent == "pre":
-            self._check_pre_acts(setting)
-        if self.pool == "cls":
-            tokens = setting.selection.tokens
-            is_image = setting.site.grid is not None
-            if not setting.site.has_cls or not (tokens == "cls" or (tokens == "all" and is_image)):
-                raise ConfigError(
-                    f"pool=cls: site.tokens={tokens} of {setting.site.name} has no class token; "
-                    "use pool=mean"
-                )
 
     def _check_pre_acts(self, setting: Setting) -> None:
         assert setting.sae is not None
@@ -146,24 +156,62 @@ class Probes(Evaluator):
                 "or raise that"
             )
 
+    def _opened(self, seed: int) -> list[LabelledFile]:
+        """The files of tasks."""
+        return opened(self.files, seed=seed, n_train=self.n_train, n_test=self.n_test)
+
+    def reads(self) -> dict[str, str]:
+        """Hashes of the files of tasks, images that they name included."""
+        return {file.path.name: file.fingerprint() for file in self._opened(0)}
+
     def start(self, context: EvalContext) -> None:
         """See `Evaluator.start`."""
         self.context = context
 
     def finish(self) -> Findings:
         """Means over tasks, table `tasks`, and array `losses`: each latent's loss on each task."""
-        assert self.context.rows is not None
-        train = self._pooled(self.context.rows("train", self.n_train), self.n_train)
-        test = self._pooled(self.context.rows("heldout", self.n_test), self.n_test)
-        main = Scalars("probes")
-        wanted = self._tasks(train, test, main)
+        main, n_found, measured = Scalars("probes"), 0, list[Measured]()
         options = Options(self.ridge, self.k, self.strengths, self.n_folds, self.context.seed)
-        measured: list[Measured] = []
-        with Progress("probes", len(wanted), "tasks") as progress:
-            for task in wanted:
-                measured.append(measure_task(task, train, test, options))
-                progress.advance(1)
-        return self._findings(main, measured)
+        for what, train, test, found in self._groups(main):
+            n_found += len(found)
+            wanted = self._large_enough(found, main)
+            with Progress(f"probes{what}", len(wanted), "tasks") as progress:
+                for task in wanted:
+                    measured.append(measure_task(task, train, test, options))
+                    progress.advance(1)
+        main.put("n_tasks", len(measured))
+        main.put("n_tasks_left_out", n_found - len(measured))
+        return findings_of(main, measured, self.n_bootstrap, self.context.seed)
+
+    def _groups(self, main: Scalars) -> Iterator[tuple[str, Pooled, Pooled, list[Task]]]:
+        """What tasks are of, for a line; their examples; and the tasks: data by data."""
+        assert self.context.rows is not None and self.context.dataset is not None
+        dataset = self.context.dataset()
+        is_text = dataset.modality in ("text", "tokens")
+        if ("labels" in self.families and dataset.label_names) or (
+            "text" in self.families and is_text
+        ):
+            train = self._pooled(self.context.rows("train", self.n_train), self.n_train)
+            test = self._pooled(self.context.rows("heldout", self.n_test), self.n_test)
+            yield "", train, test, self._tasks(dataset, train, test, main)
+        for file in self._opened(self.context.seed):
+            train, test = (self._pooled_file(file, split) for split in SPLITS)
+            assert train.label is not None and test.label is not None
+            found, n_left_out = class_tasks(
+                train.label, test.label, names_of_tasks(file), most=self.max_classes,
+                family=family_of(file), balance=self.balance, seed=self.context.seed,
+            )  # fmt: skip
+            self._note_classes(main, n_left_out, f" of {file.path.name}")
+            yield f" of {file.name}", train, test, found
+
+    def _pooled_file(self, file: LabelledFile, split: Split) -> Pooled:
+        assert self.context.rows_of is not None
+        n = len(file.ids(split))
+        self.context.spent["full_forwards"] += n
+        try:
+            return self._pooled(self.context.rows_of(file, split), n)
+        except DataError as error:
+            raise DataError(f"{file.where}: {error}") from None
 
     def _pooled(self, batches: Iterable[Rows], n: int) -> Pooled:
         """Examples, n of them at most."""
@@ -172,10 +220,8 @@ class Probes(Evaluator):
 
     # -- Tasks -----------------------------------------------------------------------------------
 
-    def _tasks(self, train: Pooled, test: Pooled, main: Scalars) -> list[Task]:
-        """The tasks that have enough examples; the others get a note."""
-        assert self.context.dataset is not None
-        dataset = self.context.dataset()
+    def _tasks(self, dataset: Dataset, train: Pooled, test: Pooled, main: Scalars) -> list[Task]:
+        """Those of the dataset's own classes and texts."""
         balance, seed = self.balance, self.context.seed
         tasks: list[Task] = []
         if "labels" in self.families and train.label is not None and test.label is not None:
@@ -184,12 +230,19 @@ class Probes(Evaluator):
                 balance=balance, seed=seed,
             )  # fmt: skip
             tasks += found
-            if n_left_out:
-                detail = f"{n_left_out} classes beyond max_classes={self.max_classes} left out"
-                main.note("n_tasks", "not_applicable", detail)
+            self._note_classes(main, n_left_out, "")
         if "text" in self.families and dataset.modality in ("text", "tokens"):
             of_train, of_test = self._answers(train, test)
             tasks += text_tasks(of_train, of_test, balance=balance, seed=seed)
+        return tasks
+
+    def _note_classes(self, main: Scalars, n_left_out: int, of: str) -> None:
+        if n_left_out:
+            detail = f"{n_left_out} classes{of} beyond max_classes={self.max_classes} left out"
+            main.note("n_tasks", "not_applicable", detail)
+
+    def _large_enough(self, tasks: Sequence[Task], main: Scalars) -> list[Task]:
+        """The tasks that have enough examples; the others get a note."""
         kept = []
         for task in tasks:
             if why := task.too_few(self.min_per_class):
@@ -199,8 +252,6 @@ class Probes(Evaluator):
                 main.note("n_tasks", code, detail)
             else:
                 kept.append(task)
-        main.put("n_tasks", len(kept))
-        main.put("n_tasks_left_out", len(tasks) - len(kept))
         return kept
 
     def _answers(
@@ -221,83 +272,3 @@ class Probes(Evaluator):
             assert isinstance(model, ReadsTokens)
             found = {i: "".join(model.pieces(tokens.tolist())) for i, tokens in found.items()}
         return found
-
-    # -- Findings --------------------------------------------------------------------------------
-
-    def _findings(self, main: Scalars, measured: Sequence[Measured]) -> Findings:
-        rows = [m.row for m in measured]
-        families = sorted({row["family"] for row in rows})
-        groups = {main: rows}
-        if len(families) > 1:
-            groups |= {
-                Scalars(f"probes_{f}"): [row for row in rows if row["family"] == f]
-                for f in families
-            }
-        findings = Findings({})
-        for scalars, of in groups.items():
-            self._average(scalars, of, findings)
-        for m in measured:
-            self._note_task(main, m)
-        findings.notes += [note for scalars in groups for note in scalars.notes]
-        if rows:
-            findings.tables["tasks"] = {name: [row[name] for row in rows] for name in rows[0]}
-            names = [row["task"] for row in rows]
-            losses = np.stack([m.losses for m in measured]).astype(np.float32)
-            findings.arrays["losses"] = losses_by_task(names, losses)
-        return findings
-
-    def _average(
-        self, scalars: Scalars, rows: Sequence[dict[str, Any]], findings: Findings
-    ) -> None:
-        """Mean of every number over tasks, with an interval over tasks."""
-        findings.metrics[scalars.category] = scalars.values
-        if not rows:
-            for name in ("probe_loss_test", "probe_loss_train_min", "excess", "gap_to_full"):
-                scalars.null(name, "too_few_examples", "no task is left; see the notes on n_tasks")
-            return
-        columns = {}
-        for name in rows[0]:
-            if name in NOT_AVERAGED:
-                continue
-            values = [row[name] for row in rows if row[name] is not None]
-            if len(values) < len(rows):
-                scalars.null(name, "too_few_examples", "no latent tells some task's classes apart")
-                continue
-            scalars.put(name, float(np.mean(values)))
-            if name not in NO_INTERVAL:
-                columns[name] = np.array(values, dtype=np.float64)
-        if not self.n_bootstrap:
-            return
-        if len(rows) < 2:
-            scalars.note("probe_loss_test", "too_few_examples", "no interval: one task")
-            return
-        if len(rows) < FEW_TASKS:
-            detail = f"{len(rows)} tasks: means and intervals depend on which ones they are"
-            scalars.note("probe_loss_test", "too_few_examples", detail)
-        statistics = {f"{scalars.category}.{name}": ratio_of(name, "task") for name in columns}
-        found, notes = intervals(
-            {"task": np.ones(len(rows)), **columns}, statistics,
-            n_resamples=self.n_bootstrap, seed=self.context.seed,
-        )  # fmt: skip
-        findings.ci |= found
-        findings.notes += notes
-
-    def _note_task(self, main: Scalars, measured: Measured) -> None:
-        task = measured.row["task"]
-        if measured.row["best_latent"] is None:
-            detail = f"task {task}: every latent is constant; its loss is that of the base rate"
-            main.note("probe_loss_test", "constant_feature", detail)
-        if measured.few:
-            k = ", ".join(map(str, measured.few))
-            detail = f"task {task}: fewer than k latents differ between the classes, k = {k}"
-            main.note(f"sae_top_{measured.few[0]}_test_accuracy", "too_few_examples", detail)
-        for name in measured.not_converged:
-            detail = f"task {task}: 1000 iterations did not reach the minimum"
-            main.note(f"{name}_full_loss", "not_applicable", detail)
-
-
-def losses_by_task(names: Sequence[str], losses: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """Train losses of every latent's probe, by the task's name."""
-    import torch
-
-    return {name: torch.from_numpy(row.copy()) for name, row in zip(names, losses, strict=True)}

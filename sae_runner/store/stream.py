@@ -23,7 +23,11 @@ from sae_runner.store.window import WindowPlan, compute_window
 
 
 class StreamStore(Activations):
-    """Activations of one site, computed window by window as they are read."""
+    """Activations of one site, computed window by window as they are read.
+
+    With `target`, the rows of another site lie beside them, as in `PairedStore`; with `norm_limit`,
+    longer rows of the first are left out.
+    """
 
     def __init__(
         self,
@@ -33,6 +37,8 @@ class StreamStore(Activations):
         selection: TokenSelection,
         plan: WindowPlan,
         *,
+        target: SiteInfo | None = None,
+        norm_limit: float | None = None,
         mix_rows: int,
         keep_bytes: int = 0,
         dtype: str,
@@ -42,11 +48,22 @@ class StreamStore(Activations):
     ) -> None:
         self.load_model, self.dataset, self.site = model, dataset, site
         self.selection, self.plan, self.dtype = selection, plan, dtype
+        self.target, self.norm_limit = target, norm_limit
         self.batch_size, self.workers, self.max_bad = batch_size, workers, max_bad
         self.mix_windows = mixed(mix_rows, plan.window_rows, self.n_windows("train"))
         self.keep_bytes = keep_bytes
         self.bad: dict[int, str] = {}
         self.in_order = not dataset.random_access
+
+    @property
+    def d_out(self) -> int:
+        """See `Activations`."""
+        return self.d_in if self.target is None else self.target.d
+
+    @property
+    def width(self) -> int:
+        """See `Activations`."""
+        return self.d_in + (0 if self.target is None else self.target.d)
 
     def n_windows(self, split: Split) -> int:
         """See `Activations`."""
@@ -66,8 +83,9 @@ class StreamStore(Activations):
         Raises:
             DataError: as when a store is written; unreadable examples count once, not every epoch.
         """
+        infos = [self.site] if self.target is None else [self.site, self.target]
         rows = compute_window(
-            self.load_model(), self.dataset, [self.site], self.selection, self.plan, split, index,
+            self.load_model(), self.dataset, infos, self.selection, self.plan, split, index,
             batch_size=self.batch_size, workers=self.workers, dtype=self.dtype,
         )  # fmt: skip
         new = [bad for bad in rows.bad if bad.id not in self.bad]
@@ -78,6 +96,11 @@ class StreamStore(Activations):
             "example_id": rows.example_id,
             "position": rows.position,
         }
+        if self.target is not None:
+            tensors["target"] = rows.activations[self.target.name]
+        if self.norm_limit is not None:
+            norms = torch.linalg.vector_norm(tensors["activations"].float(), dim=1)
+            tensors["keep"] = (norms <= self.norm_limit).nonzero().squeeze(1)
         return tensors if rows.label is None else {**tensors, "label": rows.label}
 
     def example_ids(self, split: Split) -> Ids:

@@ -261,8 +261,19 @@ def context(dataset, splits, *, seed=0, sae=None):
                     None if label is None else label[part],
                 )  # fmt: skip
 
+    def rows_of(file, split):
+        # Latent 7 + c fires in examples of class c that say so; every other text is noise.
+        ids = file.ids(split)
+        f = np.random.default_rng(0).exponential(1, (len(ids), D_SAE))
+        values = [e.value for e in file.load(ids)]
+        for c in range(len(file.label_names)):
+            f[:, 7 + c] = [f"class {c}" in value for value in values]
+        f, raw = torch.from_numpy(f), torch.from_numpy(f[:, :D])
+        where = torch.from_numpy(ids), torch.zeros(len(ids), dtype=torch.int64)
+        yield Rows(raw, Latents.from_dense(f), raw, *where, torch.from_numpy(file.classes[ids]))
+
     return EvalContext(
-        sae, 0, np.arange(1), seed, dataset=lambda: dataset, rows=rows,
+        sae, 0, np.arange(1), seed, dataset=lambda: dataset, rows=rows, rows_of=rows_of,
         model=lambda: pytest.fail("the model is not needed"),
     )  # fmt: skip
 
@@ -382,11 +393,104 @@ def test_dead_latents_are_noted():
     assert "constant_feature" in {note.code for note in found.notes}
 
 
-def setting(dataset, *, tokens="all", has_cls=False, grid=None, sae="topk", keep_bytes=10**9):
+def task_file(path, n_of_each, classes=("no", "yes"), split=False):
+    """Texts that say their class."""
+    lines = [f"text {i} of class {c}\t{name}" + ("\ttest" if i % 3 == 0 else "\ttrain") * split
+             for c, name in enumerate(classes) for i in range(n_of_each[c])]  # fmt: skip
+    header = "input\tlabel" + "\tsplit" * split
+    path.write_text("\n".join([header, *lines]))
+    return str(path)
+
+
+def test_files_are_families_of_tasks_beside_the_dataset(tmp_path):
+    two = task_file(tmp_path / "bias a.tsv", (150, 120))
+    three = task_file(tmp_path / "kind.tsv", (90, 60, 12), ("x", "y", "z"), split=True)
+    train, test = examples(300, 28), examples(200, 29)
+    found = run(Labelled(), train, test, files=[two, three], max_classes=5, min_per_class=10)
+    table = found.tables["tasks"]
+    assert table["task"] == ["yes", "bias a", "kind/x", "kind/y"]
+    assert table["family"] == ["labels", "bias_a", "kind", "kind"]
+    assert table["best_latent"] == [7, 8, 7, 8]
+    # A fifth of 150 and 120 is held out, or what `split` says; the rarer answer counts twice.
+    assert table["n_test"] == [2 * min(np.bincount(test.label)), 48, 48, 40]
+    assert table["n_train"][1:] == [192, 96, 80]
+    assert set(found.metrics) == {"probes", "probes_labels", "probes_bias_a", "probes_kind"}
+    assert found.metrics["probes_kind"]["n_train"] == 88
+    assert found.metrics["probes"]["n_tasks"] == 4
+    assert found.metrics["probes"]["n_tasks_left_out"] == 1
+    rare = "task kind/z left out: 8 positive and 100 negative train examples, at least 10 of each"
+    assert rare in {note.detail for note in found.notes}
+    most = run(Labelled(), train, test, files=[three], max_classes=1, min_per_class=10)
+    assert most.tables["tasks"]["task"] == ["yes", "kind/x"]
+    left_out = "2 classes of kind.tsv beyond max_classes=1 left out"
+    assert left_out in {note.detail for note in most.notes}
+
+
+def test_files_suffice_and_sizes_hold_for_them(tmp_path):
+    file = task_file(tmp_path / "yes.tsv", (200, 200))
+    none = Labelled(label_names=None)
+    lost = Pooled(np.arange(0), None, np.zeros((0, D)), sparse.csr_array((0, D_SAE)))
+    found = run(none, lost, lost, files=file, n_train=90, n_test=50, balance=False)
+    assert found.tables["tasks"]["n_train"] == [90] and found.tables["tasks"]["n_test"] == [50]
+    assert set(found.metrics) == {"probes"}
+    other = run(none, lost, lost, files=file, n_train=90, n_test=50, balance=False, seed=1)
+    assert other.metrics != found.metrics
+    train, test = examples(300, 30), examples(200, 31)
+    both = run(Labelled(), train, test, files=file)  # A class and a file by one name.
+    assert set(both.arrays["losses"]) == {"labels/yes", "yes/yes"}
+
+
+def test_the_content_of_files_decides_what_is_measured(tmp_path):
+    evaluator = EVALUATORS.build(CFG | {"files": task_file(tmp_path / "a.tsv", (30, 30))})
+    before = evaluator.reads()
+    assert set(before) == {"a.tsv"}
+    task_file(tmp_path / "a.tsv", (30, 31))
+    assert evaluator.reads() != before
+    assert EVALUATORS.build(CFG).reads() == {}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": (40, 120)}, r"a.tsv: 8 examples of 'no' to test on; at least min_per_class=20"),
+        ({"a": (20, 500)}, r"a.tsv: 4 examples of 'no' to test on; at least"),
+        ({"a": (9, 0)}, r"a.tsv: it has one class, 'no': nothing to tell apart"),
+        ({"a b": (200, 200), "a_b": (200, 200)}, r"a_b.tsv: 'a_b' is .*a b.tsv already; rename it"),
+        ({"labels": (200, 200)}, r"labels.tsv: 'labels' is a family of tasks of the dataset alre"),
+    ],
+)
+def test_files_that_will_not_do_are_refused(tmp_path, files, message):
+    paths = [task_file(tmp_path / f"{name}.tsv", n) for name, n in files.items()]
+    evaluator = EVALUATORS.build(CFG | {"files": paths})
+    with pytest.raises(ConfigError, match=message) as error:
+        evaluator.check(setting(Labelled("text"), reads="text"))
+    assert str(error.value).startswith("files=")
+
+
+def test_files_of_what_a_model_does_not_read_or_that_are_not_there_are_refused(tmp_path):
+    path = task_file(tmp_path / "a.tsv", (200, 200))
+    evaluator = EVALUATORS.build(CFG | {"files": path})
+    evaluator.check(setting(Labelled(label_names=None), reads="text"))  # The file suffices.
+    EVALUATORS.build(CFG | {"files": path, "tasks": []}).check(setting(Labelled(), reads="text"))
+    for reads in ("image", "rows"):
+        with pytest.raises(ConfigError, match=f"its inputs are text, and the model reads {reads}"):
+            evaluator.check(setting(Labelled(), reads=reads))
+    absent = EVALUATORS.build(CFG | {"files": [str(tmp_path / "b.tsv")]})
+    with pytest.raises(ConfigError, match=r"files=.*b.tsv: there is no such file. Did you mean"):
+        absent.check(setting(Labelled(), reads="text"))
+    three = task_file(tmp_path / "c.tsv", (200, 90, 3), ("x", "y", "z"))
+    EVALUATORS.build(CFG | {"files": three, "min_per_class": 18}).check(
+        setting(Labelled(), reads="text")
+    )
+
+
+def setting(
+    dataset, *, tokens="all", has_cls=False, grid=None, sae="topk", keep_bytes=10**9, reads="?"
+):
     site = SiteInfo("blocks.0.resid_post", "b", D, "tokens", 4, has_cls=has_cls, grid=grid)
     shape = {"kind": sae, "no_pre_acts": SAES[sae].no_pre_acts, "d_sae": 1000}
     return Setting(
-        dataset, lambda: SimpleNamespace(), site, TokenSelection(tokens), None,
+        dataset, lambda: SimpleNamespace(modality=reads), site, TokenSelection(tokens), None,
         lambda: SimpleNamespace(**shape), keep_bytes,
     )  # fmt: skip
 
