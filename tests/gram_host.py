@@ -9,9 +9,11 @@ from evaluators.conftest import Given, assert_publishable
 
 from sae_runner.data.base import Dataset, Example
 from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators.base import Rows as Batch
 from sae_runner.evaluators.base import Setting
 from sae_runner.models._text import ReadsTokens
 from sae_runner.models.base import Inputs, Model, SiteInfo
+from sae_runner.saes.base import Latents
 from sae_runner.site import TokenSelection
 
 VOCAB, N_EXAMPLES, LENGTH, BOS, SEP, FILLER = 12, 400, 20, 12, 13, 14
@@ -119,14 +121,17 @@ def measured(
     selection = TokenSelection("all", drop_positions=(0,))
     keep = selection.mask(SITE, inputs, inputs.tensors["tokens"].shape[1])
     example, position = keep.nonzero(as_tuple=True)
-    latents = sae.encode(host.record(inputs, [])[SITE.name][keep])
+    x = host.record(inputs, [])[SITE.name][keep]
+    latents = sae.encode(x)
     order = 7 if batch < 10**9 else None
     codes = codes_of(latents, ids=example, position=position, batch=batch, order_seed=order)
     dataset = bare(Rows, rows=rows)
     setting = Setting(
         dataset, lambda: host, SITE, replace(selection, tokens=tokens), weights=weights
     )
-    evaluator = EVALUATORS.build({**cfg, "n_silent": 10, "n_bootstrap": 50, **options})
+    evaluator = EVALUATORS.build(
+        {**cfg, "n_silent": 10, "n_bootstrap": 50, "n_neurons": 0, **options}
+    )
     evaluator.check(setting)
     evaluator.start(
         context_of(
@@ -134,6 +139,9 @@ def measured(
             model=lambda: host, n_latents=n_latents, folder=folder,
         )
     )  # fmt: skip
+    for at in torch.arange(len(x)).split(batch):
+        of = example[at], position[at], None
+        evaluator.update(Batch(x[at], Latents.from_dense(latents[at]), x[at], *of))
     findings = evaluator.finish()
     assert_publishable(findings)
     host.data = dataset.fingerprint()

@@ -2,7 +2,8 @@
 
 Each is a direction with an activation for every row, and so gets examples as a latent does:
 
-- neuron j: max(x_j, 0), a coordinate of the site;
+- neuron j: max(x_j, 0), a coordinate of the site; with `centre` max(x_j − m_j, 0), m the mean of
+  the rows: what lies above it, of a coordinate that is far from 0 on every row;
 - random direction r: max(x · r, 0), r uniform on the sphere;
 - untrained: latents of the same SAE as it was before its first step (drawn anew).
 """
@@ -47,7 +48,13 @@ class Controls:
     """Directions that are followed through a pass as latents are."""
 
     def __init__(
-        self, context: EvalContext, *, n_neurons: int, n_directions: int, n_untrained: int
+        self,
+        context: EvalContext,
+        *,
+        n_neurons: int,
+        n_directions: int = 0,
+        n_untrained: int = 0,
+        centre: bool = False,
     ) -> None:
         self.seed = context.seed
         self.collector = CodesCollector(KEEP_BYTES, context.seed)
@@ -55,6 +62,8 @@ class Controls:
         self.neurons = torch.from_numpy(
             np.sort(np.random.default_rng([self.seed, _NEURONS]).permutation(d)[:n_neurons])
         )
+        centres = mean_of(context) if centre else torch.zeros(d)
+        self.centre = centres[self.neurons]
         drawn = np.random.default_rng([self.seed, _DIRECTIONS]).standard_normal((n_directions, d))
         self.directions = torch.nn.functional.normalize(torch.from_numpy(drawn), dim=1).float()
         self.untrained, self.chosen = self._untrained(context, n_untrained)
@@ -83,18 +92,34 @@ class Controls:
 
     def update(self, rows: Rows) -> None:
         """Keep the controls' activations on a batch of rows."""
-        x = rows.x.float()
-        parts = [x[:, self.neurons.to(x.device)].relu(), (x @ self.directions.to(x).T).relu()]
-        if self.untrained is not None:
-            parts.append(
-                columns(self.untrained(rows.source.float()).latents, self.chosen.to(x.device))
-            )
-        latents = Latents.from_entries(*entries_of(torch.cat(parts, 1)))
+        latents = self.latents(rows.x, rows.source)
         self.collector.add(rows._replace(latents=latents))
+
+    def latents(self, x: Float[Tensor, "n d"], source: Float[Tensor, "n d_read"]) -> Latents:
+        """The controls' activations on rows of the site, and on what the SAE reads."""
+        x, neurons = x.float(), self.neurons.to(x.device)
+        parts = [
+            (x[:, neurons] - self.centre.to(x)).relu(), (x @ self.directions.to(x).T).relu()
+        ]  # fmt: skip
+        if self.untrained is not None:
+            found = self.untrained(source.float()).latents
+            parts.append(columns(found, self.chosen.to(x.device)))
+        return Latents.from_entries(*entries_of(torch.cat(parts, 1)))
 
     def finish(self) -> tuple[list[Control], Codes]:
         """The controls, and their activations: column i of the codes is that of control i."""
         return self.all, self.collector.finish()
+
+
+def mean_of(context: EvalContext) -> Float[Tensor, " d"]:
+    """The mean of the site's rows: where the store does not know it, of some that train."""
+    d = context.sae.d_out
+    if context.mean is not None and len(context.mean) == d:
+        return context.mean.float().cpu()
+    if context.rows is None:
+        return torch.zeros(d)
+    parts = [rows.x.double().cpu() for rows in context.rows("train", N_SAMPLE_EXAMPLES)]
+    return torch.cat(parts).mean(0).float()
 
 
 def entries_of(acts: Float[Tensor, "n m"]) -> tuple[Any, ...]:

@@ -120,6 +120,28 @@ def aggregate(
     return scalars, ci, notes
 
 
+def aggregate_neurons(
+    scalars: Scalars, scores: Sequence[Scores | None], *, n_bootstrap: int, seed: int
+) -> tuple[dict[str, dict[str, float | int]], list[Note]]:
+    """Means of what was explained beside the latents, put to theirs, and an interval."""
+    kept = [score for score in scores if score is not None]
+    scalars.put("n_scored_neurons", len(kept))
+    for name in SHUFFLED:
+        metric = f"{METRIC[name]}_neurons"
+        values, counts = values_of(kept, name)
+        if counts.sum():
+            scalars.put(metric, float((values * counts).sum() / counts.sum()))
+        else:
+            why = absent(kept, name) if kept else "no neuron was scored"
+            scalars.null(metric, "not_applicable", why)
+    values, counts = values_of(kept, "spearman")
+    if not counts.sum():
+        return {}, []
+    sums = {"spearman": values * counts, "n": counts}
+    statistic = {f"{CATEGORY}.{METRIC['spearman']}_neurons": ratio_of("spearman", "n")}
+    return intervals(sums, statistic, n_resamples=n_bootstrap, seed=seed)
+
+
 def absent(scores: Sequence[Scores], name: str) -> str:
     """Why there is no mean of a score."""
     if not scores:

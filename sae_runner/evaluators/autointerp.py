@@ -17,6 +17,10 @@ A constant ŝ explains nothing: its correlation is null for the latent and count
 `spearman_freq_mean` weights a latent by how often it fires. `*_shuffled` are the same with each
 explanation put to another latent: what is left when the explanation says nothing of the latent.
 
+`*_neurons` are the same of `n_neurons` coordinates of the site, each with the activation
+max(x_j − m_j, 0), m the mean of the rows (`_controls`): Bricken et al. 2023 take neurons after
+their nonlinearity, and a coordinate of a residual stream has none and is seldom 0.
+
 With `explanations` of another evaluation of the same SAE on the same model, its latents are not
 explained: what was said of them there predicts what they do here, in examples that none of it is
 from. A latent that is active here in fewer than `fewest` examples is not scored (`n_inactive`).
@@ -38,22 +42,24 @@ from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators._activating import sampled_latents
 from sae_runner.evaluators._bootstrap import checked_resamples
 from sae_runner.evaluators._codes import Codes
+from sae_runner.evaluators._controls import Controls
+from sae_runner.evaluators._examples import Examples
 from sae_runner.evaluators._explainers import EXPLAINERS
-from sae_runner.evaluators._explainers.base import Case, Explainer, Explanation, Shown
+from sae_runner.evaluators._explainers.base import Case, Explainer, Explanation
 from sae_runner.evaluators._explanation_scores import (
     CATEGORY,
     Scores,
     aggregate,
+    aggregate_neurons,
     scores_of,
     shuffled,
     table,
 )
 from sae_runner.evaluators._kept_explanations import FILE, Source, read_source, written
 from sae_runner.evaluators._numbers import Scalars
-from sae_runner.evaluators._sampling import Amounts, sample
+from sae_runner.evaluators._sampling import Amounts
 from sae_runner.evaluators._showing import Showing
-from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Setting
-from sae_runner.log import Progress
+from sae_runner.evaluators.base import Columns, EvalContext, Evaluator, Findings, Rows, Setting
 
 
 @EVALUATORS.register("autointerp")
@@ -64,6 +70,7 @@ class AutoInterp(Evaluator):
         backend: who explains, with its options: `type` ngram, clip or lm.
         explanations: a run, a folder of an evaluation of it or an evaluator's envelope there, whose
             explanations are scored here; None to explain.
+        n_neurons: coordinates of the site that are explained beside the latents.
         n_top: of the examples to explain, the strongest.
         n_weighted: of these, drawn in proportion to activation.
         n_decile: of the scored examples, from the strongest tenth.
@@ -83,6 +90,7 @@ class AutoInterp(Evaluator):
         *,
         backend: Any,
         explanations: str | None,
+        n_neurons: NonNegative,
         n_top: Positive,
         n_weighted: NonNegative,
         n_decile: NonNegative,
@@ -93,7 +101,7 @@ class AutoInterp(Evaluator):
         n_bootstrap: NonNegative,
     ) -> None:
         self.backend, self.fewest, self.radius = backend, fewest, radius
-        self.explanations = explanations
+        self.explanations, self.n_neurons = explanations, n_neurons
         self.amounts = Amounts(n_top, n_weighted, n_decile, n_quantile, n_silent)
         self.n_bootstrap = checked_resamples(n_bootstrap, "autointerp")
         if n_decile + n_quantile == 0:
@@ -152,12 +160,14 @@ class AutoInterp(Evaluator):
         return {**self.explainer.reads(), **taken}
 
     def start(self, context: EvalContext) -> None:
-        """Only the codes are needed.
+        """Draw the neurons.
 
         Raises:
             ConfigError: explanations that are of another model's latents.
         """
-        self.context = context
+        self.context, self.controls = context, None
+        if self.source is None and self.n_neurons:
+            self.controls = Controls(context, n_neurons=self.n_neurons, centre=True)
         if self.source is not None and context.model is not None:
             if context.folder == self.source.folder:
                 raise ConfigError(
@@ -171,6 +181,11 @@ class AutoInterp(Evaluator):
                     f"this is {host[:12]}; name its weights with model.weights=FOLDER"
                 )
 
+    def update(self, rows: Rows) -> None:
+        """Follow the neurons."""
+        if self.controls is not None:
+            self.controls.update(rows)
+
     def finish(self) -> Findings:
         """Category `autointerp`, and the table `latents` with a row for each sampled latent."""
         context, explainer = self.context, self.explainer
@@ -180,7 +195,8 @@ class AutoInterp(Evaluator):
         showing = Showing(codes, context.dataset(), context.model(), context.setting.site)
         latents = self._latents(codes)
         explainer.start(context, showing)
-        cases = self._cases(codes, showing, latents.tolist())
+        elsewhere = self._explained_from()
+        cases = self.showing_of.cases(codes, showing, latents.tolist(), elsewhere)
         explanations = self._explanations(cases)
         verdicts = explainer.predict(explanations, cases)
         donors = shuffled(explanations, context.seed)
@@ -189,21 +205,55 @@ class AutoInterp(Evaluator):
         scores = [scores_of(verdict, case) for verdict, case in zip(verdicts, cases, strict=True)]
         control = [scores_of(verdict, case) for verdict, case in zip(blind, cases, strict=True)]
         freq = codes.n_fired.numpy()[latents] / max(len(codes), 1)
-        scalars, ci, notes = aggregate(
-            scores, control, freq, n_bootstrap=self.n_bootstrap, seed=context.seed
-        )
+        options = {"n_bootstrap": self.n_bootstrap, "seed": context.seed}
+        scalars, ci, notes = aggregate(scores, control, freq, **options)
         self._count(scalars, codes, scores)
-        kept = {}
+        tables: dict[str, Columns] = {
+            "latents": table(cases, explanations, scores, control, donors, freq)
+        }
+        kept, remarks, incomplete = {}, explainer.remarks(), explainer.incomplete
         if self.source is None:
             kept[FILE] = written(str(self.backend["type"]), explainer, cases, explanations)
+        if self.controls is not None:
+            beside, tables["neurons"] = self._neurons(self.controls)
+            more, why = aggregate_neurons(scalars, beside, **options)
+            ci, notes = ci | more, [*notes, *why]
         return Findings(
             {CATEGORY: scalars.values},
             ci=ci,
-            notes=[*scalars.notes, *notes, *explainer.remarks()],
-            tables={"latents": table(cases, explanations, scores, control, donors, freq)},
+            notes=[*scalars.notes, *notes, *remarks],
+            tables=tables,
             texts=kept,
-            incomplete=explainer.incomplete,
+            incomplete=incomplete or explainer.incomplete,
         )
+
+    @property
+    def showing_of(self) -> Examples:
+        """How examples are drawn and shown."""
+        modality = self.explainer.modality
+        return Examples(self.amounts, self.context.seed, self.radius, modality)
+
+    def _neurons(self, controls: Controls) -> tuple[list[Scores | None], dict[str, Any]]:
+        """Scores of neurons by the same protocol, and their table."""
+        context, explainer = self.context, self.explainer
+        assert context.setting is not None
+        assert context.dataset is not None and context.model is not None
+        units, codes = controls.finish()
+        site = context.setting.spliced_site
+        showing = Showing(codes, context.dataset(), context.model(), site)
+        explainer.turn_to(showing, lambda x: controls.latents(x, x))
+        fired = codes.n_examples_fired.numpy() if len(codes) else np.zeros(0)
+        alive = np.flatnonzero(fired >= self.fewest)
+        cases = self.showing_of.cases(codes, showing, alive.tolist(), {})
+        explanations = explainer.explain(cases)
+        verdicts = explainer.predict(explanations, cases)
+        scores = [scores_of(verdict, case) for verdict, case in zip(verdicts, cases, strict=True)]
+        freq = codes.n_fired.numpy()[alive] / max(len(codes), 1)
+        none = [None] * len(cases)
+        found = table(cases, explanations, scores, none, none, freq)
+        found = {k: v for k, v in found.items() if "shuffled" not in k}
+        found["feature"] = [units[i].id for i in alive.tolist()]
+        return scores, {"neuron": found.pop("feature"), **found}
 
     def _latents(self, codes: Codes) -> npt.NDArray[np.int64]:
         """A sample, or those that were explained elsewhere and are active here too."""
@@ -219,31 +269,6 @@ class AutoInterp(Evaluator):
             return self.explainer.explain(cases)
         taken = [self.source.latents[case.latent].explanation for case in cases]
         return self.explainer.take_over(taken, cases)
-
-    def _cases(self, codes: Codes, showing: Showing, latents: Sequence[int]) -> list[Case]:
-        """The examples of each latent, shown."""
-        cases, elsewhere = [], self._explained_from()
-        with Progress("autointerp: examples", len(latents), "latents") as progress:
-            for latent in latents:
-                drawn = sample(
-                    codes, latent, self.amounts, self.context.seed, elsewhere.get(latent)
-                )
-                explain, active, silent = drawn.explain, drawn.active, drawn.silent
-                slots = [*explain.slot.tolist(), *active.slot.tolist(), *silent]
-                acts = [*explain.value.tolist(), *active.value.tolist(), *([0.0] * len(silent))]
-                positions = [*explain.position.tolist(), *active.position.tolist()]
-                positions += drawn.silent_positions
-                windows: Sequence[Any] = [None] * len(slots)
-                if self.explainer.modality == "text":
-                    windows = showing.texts(latent, slots, positions, self.radius)
-                shown = [
-                    Shown(slot, int(codes.example_ids[slot]), act, window)
-                    for slot, act, window in zip(slots, acts, windows, strict=True)
-                ]
-                n = len(explain.slot)
-                cases.append(Case(latent, shown[:n], shown[n:]))
-                progress.advance(1)
-        return cases
 
     def _explained_from(self) -> dict[int, Sequence[int]]:
         """Of latents that were explained elsewhere the examples here that they are explained from.

@@ -84,8 +84,9 @@ class Human(Evaluator):
         responses: list[str] | str | None,
     ) -> None:
         self.n_latents = n_latents
-        self.controls_of = {"n_neurons": n_neurons, "n_directions": n_directions,
-                            "n_untrained": n_untrained}  # fmt: skip
+        self.controls_of: dict[str, Any] = {
+            "n_neurons": n_neurons, "n_directions": n_directions, "n_untrained": n_untrained
+        }  # fmt: skip
         self.n_intervals, self.per_interval = n_intervals, per_interval
         self.radius, self.image_size = radius, image_size
         self.n_raters, self.shared, self.repeated = n_raters, shared, repeated

@@ -5,7 +5,9 @@ import pytest
 import torch
 from codes_fixtures import bare, codes_of, context_of
 from evaluators.conftest import assert_publishable
+from explanation_fixtures import keep
 from PIL import Image
+from sae_fixtures import build
 
 from sae_runner.config import preset
 from sae_runner.data.base import Dataset, Example
@@ -13,9 +15,10 @@ from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators._explainers import clip
 from sae_runner.evaluators._explainers.clip import embed_concepts
-from sae_runner.evaluators.base import Setting
+from sae_runner.evaluators.base import Rows, Setting
 from sae_runner.models._text import TextTower
 from sae_runner.models.base import Inputs, Model, SiteInfo
+from sae_runner.saes.base import Latents
 from sae_runner.site import TokenSelection
 
 CFG = preset("evaluators", "autointerp_clip")["autointerp_clip"]
@@ -75,21 +78,30 @@ def planted():
     return f, vectors
 
 
-def measured(planted, *, seed=0, dataset=None, backend=(), **options):
+def measured(planted, *, seed=0, dataset=None, backend=(), x=None, host=None, **options):
     f, vectors = planted
-    host = bare(Tower, vectors=vectors)
+    host = bare(Tower, vectors=vectors) if host is None else host
     dataset = bare(Images) if dataset is None else dataset
     codes = codes_of(f)
-    setting = Setting(dataset, lambda: host, SITE, TokenSelection("all"))
-    cfg = {**CFG, "n_bootstrap": 50, "backend": {**CFG["backend"], **dict(backend)}, **options}
+    setting = Setting(dataset, lambda: host, SITE, TokenSelection("all"), weights="an SAE")
+    cfg = {
+        **CFG,
+        "n_bootstrap": 50,
+        "n_neurons": 0,
+        "backend": {**CFG["backend"], **dict(backend)},
+        **options,
+    }
     evaluator = EVALUATORS.build(cfg)
     evaluator.check(setting)
     evaluator.start(
         context_of(
             codes, seed=seed, setting=setting, dataset=lambda: dataset, model=lambda: host,
-            n_latents=10,
+            n_latents=10, **({} if x is None else {"sae": build("topk", x.shape[1], 8)}),
         )
     )  # fmt: skip
+    if x is not None:
+        ids, zeros = torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64)
+        evaluator.update(Rows(x, Latents.from_dense(f), x, ids, zeros, None))
     findings = evaluator.finish()
     assert_publishable(findings)
     return findings, host
@@ -256,3 +268,37 @@ def test_a_judge_of_local_weights_is_known_by_them(tmp_path):
     assert EVALUATORS.build(cfg).reads() != before
     cfg["backend"]["judge"] = "clip_vit_b16"
     assert EVALUATORS.build(cfg).reads() == {}
+
+
+def test_neurons_are_explained_by_concepts_too(planted):
+    f, _ = planted
+    findings, _ = measured(planted, x=f[:, [1, 0, 3]].flip(1), n_neurons=3)
+    columns, metrics = findings.tables["neurons"], findings.metrics["autointerp"]
+    assert columns["neuron"] == [1, 2]  # The first is never active.
+    assert columns["explanation"] == ["red apple", "green pear"]
+    assert metrics["n_scored_neurons"] == 2
+    assert metrics["spearman_mean_neurons"] == pytest.approx(metrics["spearman_mean"], abs=0.1)
+    assert metrics["n_labels"] == 3  # Of the latents.
+
+
+def test_concepts_of_one_corpus_are_scored_on_another(planted, tmp_path):
+    """With the vocabulary that explained, whatever the other's classes are."""
+    first, _ = measured(planted, backend={"n_concepts": 2})
+    keep(first, tmp_path, host=Tower.fingerprint(bare(Tower, vectors=planted[1])))
+    unnamed = bare(Images, label_names=None, fingerprint=lambda _: "other data")
+    with pytest.raises(ConfigError, match="this dataset names no classes"):
+        measured(planted, dataset=unnamed)
+    options = {"explanations": str(tmp_path), "dataset": unnamed, "backend": {"centre": False}}
+    second, host = measured(planted, **options)
+    one, two = first.tables["latents"], second.tables["latents"]
+    assert two["explanation"] == one["explanation"] and " | " in two["explanation"][0]
+    assert all(abs(a - b) < 0.1 for a, b in zip(one["spearman"], two["spearman"], strict=True))
+    assert two["explain_ids"] == [[], [], []] and host.n_seen <= N
+    same = bare(Images, label_names=None, fingerprint=lambda _: "some data")
+    third, _ = measured(planted, **{**options, "dataset": same})
+    assert third.tables["latents"]["spearman"] == one["spearman"]
+    assert third.tables["latents"]["score_ids"] == one["score_ids"]
+    path = tmp_path / "autointerp" / "explanations.json"
+    path.write_text(path.read_text().replace('"rule": [0', '"rule": [4', 1))
+    with pytest.raises(ConfigError, match=r"explanations\.json is damaged: .*is not what its rule"):
+        measured(planted, **options)

@@ -118,3 +118,31 @@ def test_what_cannot_be_explained_is_refused():
     for key, value in (("fewest", 3), ("n_bootstrap", 5)):
         with pytest.raises(ConfigError, match=f"evaluators.autointerp.{key}={value}"):
             EVALUATORS.build({**CFG, key: value})
+
+
+def test_neurons_are_explained_by_the_same_protocol():
+    """Those that are a token, or the one before, say so and predict themselves."""
+    without, _ = measured(CFG)
+    findings, _ = measured(CFG, n_neurons=45)
+    columns, metrics = findings.tables["neurons"], findings.metrics["autointerp"]
+    explained = dict(zip(columns["neuron"], columns["explanation"], strict=True))
+    rho = dict(zip(columns["neuron"], columns["spearman"], strict=True))
+    assert explained[3] == " 3" and explained[15 + 3] == " 3(*)"
+    assert rho[3] == rho[15 + 3] == 1
+    # BOS, SEP, filler and what follows the last token are never above their mean.
+    assert set(explained) == {*range(12), *range(15, 27), 15 + 12}
+    assert metrics["n_scored_neurons"] == 25
+    assert metrics["spearman_mean_neurons"] == pytest.approx(np.mean(columns["spearman"]))
+    assert metrics["auc_mean_neurons"] > 0.9
+    interval = findings.ci["autointerp.spearman_mean_neurons"]
+    assert interval["n"] == 25 and interval["lo"] <= metrics["spearman_mean_neurons"]
+    assert findings.tables["latents"] == without.tables["latents"]
+    own = {k: v for k, v in metrics.items() if not k.endswith("_neurons")}
+    assert own == without.metrics["autointerp"]
+    batched, _ = measured(CFG, n_neurons=45, batch=37)
+    assert batched.tables["neurons"] == columns
+
+
+def test_no_neuron_is_active_enough():
+    metrics = measured(CFG, n_neurons=3, fewest=399)[0].metrics["autointerp"]
+    assert metrics["n_scored_neurons"] == 0 and metrics["spearman_mean_neurons"] is None

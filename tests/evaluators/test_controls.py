@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from sae_fixtures import build, stats_of
@@ -104,3 +106,22 @@ def test_the_untrained_control_of_a_transcoder_reads_what_the_transcoder_reads()
         else:
             torch.testing.assert_close(acts, (y @ control.direction).relu())
     assert [c.source for c in found[5:]] == ["untrained"] * 6
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_neurons_may_be_counted_from_their_mean(known):
+    x, sae = x_of() + 20, build("topk", D, D_SAE)
+    sae.initialise(stats_of(x), torch.Generator().manual_seed(0))
+    rows, context = context_of(sae, x)
+    mean = x.double().mean(0)
+    context = replace(context, mean=mean if known else None)
+    controls = Controls(context, n_neurons=5, centre=True)
+    controls.update(rows)
+    found, codes = controls.finish()
+    for i, control in enumerate(found):
+        row, value = codes.firing(i)
+        acts = torch.zeros(N)
+        acts[row] = value
+        expected = (x[:, control.id] - float(mean[control.id])).relu()
+        torch.testing.assert_close(acts, expected, atol=1e-5, rtol=1e-5)
+        assert 0.3 * N < len(row) < 0.7 * N

@@ -6,16 +6,19 @@ Both take all latents at once, so that what runs a model can batch. What could n
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from sae_runner.evaluators._showing import Showing, TextWindow
 from sae_runner.evaluators.base import EvalContext, Note, Setting
+from sae_runner.saes.base import Latents
 
+Encode = Callable[[Tensor], Latents]
 Predicted = npt.NDArray[np.float64]
 
 
@@ -92,6 +95,14 @@ class Explainer(ABC):
     @abstractmethod
     def start(self, context: EvalContext, showing: Showing) -> None:
         """Before the first latent; also clears what an earlier measurement left."""
+
+    def turn_to(self, showing: Showing, encode: Encode) -> None:  # noqa: B027 - few need to
+        """After `start`: explain other units of the same model from here on, such as neurons.
+
+        Args:
+            showing: of their activations.
+            encode: rows of `showing.site` to these.
+        """
 
     @abstractmethod
     def explain(self, cases: Sequence[Case]) -> list[Explanation | None]:

@@ -31,7 +31,13 @@ from sae_runner.errors import ConfigError
 from sae_runner.evaluators._activating import LATENTS, uniform
 from sae_runner.evaluators._explainers import EXPLAINERS
 from sae_runner.evaluators._explainers._judge import build_judge, hash_of_weights, judge_options
-from sae_runner.evaluators._explainers.base import Case, Explainer, Explanation, Verdict
+from sae_runner.evaluators._explainers.base import (
+    Case,
+    Encode,
+    Explainer,
+    Explanation,
+    Verdict,
+)
 from sae_runner.evaluators._showing import Showing
 from sae_runner.evaluators.base import EvalContext, Note, Setting
 from sae_runner.log import Progress
@@ -151,6 +157,11 @@ class Clip(Explainer):
         if self.judge is not None:
             self.judging = eye_of(build_judge(self.judge, showing.model.device))
 
+    def turn_to(self, showing: Showing, encode: Encode) -> None:
+        """See `Explainer.turn_to`."""
+        for eye in (self.eye, self.judging):
+            eye.turn_to(showing)
+
     def explain(self, cases: Sequence[Case]) -> list[Explanation | None]:
         """See `Explainer.explain`."""
         shown = {shown.slot for case in cases for shown in case.explain}
@@ -237,6 +248,11 @@ class Eye:
         self.model, self.showing, self.texts, self.spent = model, showing, texts, spent
         self.embedded: dict[int, Tensor] = {}
         self.mean = self.images(reference).mean(0)
+
+    def turn_to(self, showing: Showing) -> None:
+        """Look at the examples of other codes, by their numbers there; v̄ stays."""
+        self.showing = showing
+        self.embedded.clear()
 
     def centred(self, slots: Sequence[int]) -> Float[Tensor, "n d"]:
         """v_i − v̄."""

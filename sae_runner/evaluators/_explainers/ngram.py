@@ -29,7 +29,14 @@ from sae_runner.evaluators._explainers._templates import (
     Trie,
     find_templates,
 )
-from sae_runner.evaluators._explainers.base import Case, Explainer, Explanation, Shown, Verdict
+from sae_runner.evaluators._explainers.base import (
+    Case,
+    Encode,
+    Explainer,
+    Explanation,
+    Shown,
+    Verdict,
+)
 from sae_runner.evaluators._showing import Showing
 from sae_runner.evaluators.base import EvalContext, Setting
 from sae_runner.log import Progress
@@ -64,7 +71,8 @@ class NGram(Explainer):
 
     def start(self, context: EvalContext, showing: Showing) -> None:
         """Learn the frame that the host puts around a text."""
-        self.context, self.model, self.site = context, showing.model, showing.site
+        self.context, self.model, sae = context, showing.model, context.sae
+        self.turn_to(showing, lambda x: sae(x.to(sae.b_dec)).latents)
         self.n_documents = self.n_not_reproduced = 0
         assert context.setting is not None
         self.selection = replace(context.setting.selection, tokens="all")
@@ -76,6 +84,10 @@ class NGram(Explainer):
         self.prefix, self.suffix = tokens[:first], tokens[last + 1 :]
         room = getattr(self.model, "context", 2**31) - len(self.prefix) - len(self.suffix) - 1
         self.reach = max(1, min(self.longest, room))
+
+    def turn_to(self, showing: Showing, encode: Encode) -> None:
+        """See `Explainer.turn_to`."""
+        self.site, self.encode = showing.site, encode
 
     def explain(self, cases: Sequence[Case]) -> list[Explanation | None]:
         """See `Explainer.explain`; the texts of all latents are run together."""
@@ -183,9 +195,8 @@ class NGram(Explainer):
             last = torch.tensor([len(self.prefix) + len(row) - 1 for row in rows])
             place = torch.arange(len(rows))
             read = self.selection.mask(self.site, inputs, x.shape[1])[place, last]
-            sae = self.context.sae
-            chosen = x[place.to(x.device), last.to(x.device)].to(sae.b_dec.device)
-            found = picked(sae(chosen.to(sae.b_dec.dtype)).latents, torch.tensor(latents))
+            chosen = x[place.to(x.device), last.to(x.device)]
+            found = picked(self.encode(chosen), torch.tensor(latents))
         values: npt.NDArray[np.float64] = (found * read).double().numpy()
         return values
 
