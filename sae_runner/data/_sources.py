@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,7 @@ def open_source(
                 identity = _hub_identity(table, path, subset, split, revision)
                 return Source(table, identity)
             folder = Path(path).expanduser()
+            has_splits = folder.is_dir() and not (folder / "state.json").is_file()
             if folder.is_dir() and any((folder / n).is_file() for n in _SAVED):
                 table = _pick(datasets.load_from_disk(str(folder)), split, where)
             elif folder.is_dir():
@@ -83,18 +84,35 @@ def open_source(
                 table = datasets.load_dataset(
                     builder, data_files=[str(f) for f in files], split="train", streaming=streaming
                 )
-    except DataError:
-        raise
     except Exception as error:  # A dozen kinds, by builder; each ends here as one line.
-        found = _explained(error, where, split, bool(files))
+        said = isinstance(error, DataError)
+        found = error if said else _explained(error, where, split, bool(files))
         if isinstance(found, OneSplit) and key == "heldout_path":  # All in it is held out.
             return open_source(
                 path, found.only, subset=subset, revision=revision, streaming=streaming, key=key
             )
         raise found from None
     root = Path(path).expanduser() if Path(path).expanduser().is_dir() else files[0].parent
-    chosen = split if root == Path(path).expanduser() else None
+    chosen = split if has_splits else None
     return Source(table, {"files": content_hash(files, root), "split": chosen})
+
+
+def without_splits(identity: Mapping[str, Any]) -> bool:
+    """Whether this is of files or of one saved table, which are all of what there is."""
+    return "files" in identity and identity.get("split") is None
+
+
+def refuse_same(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> None:
+    """Refuse to hold out what is trained on.
+
+    Raises:
+        DataError: the two are of the same content.
+    """
+    if first == second:
+        raise DataError(
+            f"{where}: the same examples as dataset.path, and what is held out is never trained "
+            "on; give others, or null to hold out a share"
+        )
 
 
 _SAVED = ("dataset_dict.json", "state.json")
@@ -150,7 +168,8 @@ def _pick(table: Any, split: str | None, where: str) -> Any:
     if not isinstance(table, datasets.DatasetDict):
         return table
     if split not in table:
-        raise DataError(f"{where}: no split {split!r}.{did_you_mean(str(split), table)}")
+        message = f"{where}: no split {split!r}.{did_you_mean(str(split), table)}"
+        raise OneSplit(message, next(iter(table))) if len(table) == 1 else DataError(message)
     return table[split]
 
 

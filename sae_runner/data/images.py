@@ -12,7 +12,13 @@ from PIL import Image
 from sae_runner.config import Fraction, NonNegative, Positive
 from sae_runner.data import DATASETS
 from sae_runner.data._columns import choose, require_columns
-from sae_runner.data._sources import OneSplit, fingerprint_of, open_source
+from sae_runner.data._sources import (
+    OneSplit,
+    fingerprint_of,
+    open_source,
+    refuse_same,
+    without_splits,
+)
 from sae_runner.data._streams import Stream, features_of, refuse_short_stream
 from sae_runner.data.base import Dataset, Example, Ids, Split, Unreadable, split_ids
 from sae_runner.errors import ConfigError, DataError
@@ -79,7 +85,7 @@ class Images(Dataset):
         self.limits: dict[Split, int | None] = {"train": n_examples, "heldout": n_heldout}
         hub: dict[str, Any] = {"subset": subset, "revision": revision, "streaming": streaming}
         self.sources = [open_source(path, split, **hub)]
-        if heldout_path is None and self.sources[0].identity.get("split", "") is None:
+        if heldout_path is None and without_splits(self.sources[0].identity):
             if heldout_split is not None:
                 log.info("dataset.path is a file without splits: a share of it is held out")
             heldout_split = None
@@ -89,6 +95,8 @@ class Images(Dataset):
             key = "path" if heldout_path is None else "heldout_path"
             try:
                 self.sources.append(open_source(where, heldout_split or split, **hub, key=key))
+                first, second = (source.identity for source in self.sources)
+                refuse_same(first, second, f"dataset.{key}={where}")
             except OneSplit as error:
                 if heldout_path is not None:
                     raise

@@ -242,9 +242,10 @@ def test_rows_of_labelled_text_follow_from_a_tokenised_sample(tmp_path):
 
     # One word is one token here, and [CLS] and [SEP] are no rows: 2 and 4 rows, 3 on average.
     lines = ["good film\t1", "a very good film\t0"] * 20
-    (tmp_path / "reviews.tsv").write_text("\n".join(lines) + "\n")
-    path = tmp_path / "reviews.tsv"
-    words = ["model=minilm", f"dataset.path={path}", f"dataset.heldout_path={path}"]
+    path, dev = tmp_path / "reviews.tsv", tmp_path / "dev.tsv"
+    for file in (path, dev):
+        file.write_text("\n".join(lines) + "\n")
+    words = ["model=minilm", f"dataset.path={path}", f"dataset.heldout_path={dev}"]
     job = composed_jobs("train", [*words, f"outputs={tmp_path / 'out'}"])[0]
     pipeline = Pipeline(job.cfg, job.choices)
     rows = count_rows(pipeline, pipeline.site, count_examples(pipeline, pipeline))

@@ -119,6 +119,25 @@ def test_split_of_a_folder(tmp_path):
         build(tmp_path / "splits", heldout_split="tset")
 
 
+def test_one_saved_table_holds_out_a_share_whatever_the_hub_has(tmp_path, caplog):
+    table(12).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table(12)).save_to_disk(tmp_path / "alone")
+    for folder in ("saved", "alone"):
+        with caplog.at_level("INFO"):
+            dataset = build(tmp_path / folder, heldout_split="test")
+        assert "a share of it is held out" in caplog.text
+        assert sorted([*dataset.ids("train"), *dataset.ids("heldout")]) == list(range(12))
+        caplog.clear()
+    apart = build(tmp_path / "saved", heldout_path=str(tmp_path / "alone"), heldout_split="test")
+    assert len(apart.ids("heldout")) == 12
+
+
+def test_what_is_trained_on_is_not_held_out(parquet):
+    for same in (parquet, f"{parquet.parent}/../{parquet.parent.name}/{parquet.name}"):
+        with pytest.raises(DataError, match=r"heldout_path=.*: the same examples as dataset\.path"):
+            build(parquet, heldout_path=str(same))
+
+
 def test_a_folder_of_pictures_in_folders(tmp_path):
     for name in ("frog", "cat"):
         (tmp_path / "train" / name).mkdir(parents=True)

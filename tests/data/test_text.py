@@ -248,6 +248,36 @@ def test_a_second_file_is_what_is_held_out(folder, tmp_path):
     assert len(two.ids("heldout")) == 2 and two.ids("heldout").min() >= 4
 
 
+def test_what_has_no_splits_holds_out_a_share_whatever_the_hub_has(folder, tmp_path, caplog):
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for name in ("rows.parquet", "rows.jsonl", "saved"):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            dataset = build(folder / name, split="train", heldout_split="validation")
+        assert caplog.text.count("a share of it is held out") == 1, name
+        train, heldout = dataset.ids("train").tolist(), dataset.ids("heldout").tolist()
+        assert len(train) == 3 and sorted(train + heldout) == [0, 1, 2, 3], name
+
+
+def test_a_folder_with_one_split_holds_out_a_share_of_it(folder, tmp_path, caplog):
+    (tmp_path / "all").mkdir()
+    (folder / "rows.parquet").rename(tmp_path / "all" / "train.parquet")
+    with caplog.at_level("INFO"):
+        dataset = build(tmp_path / "all", split="train", heldout_split="validation")
+    assert "no split 'validation'" in caplog.text
+    assert [len(dataset.ids(split)) for split in ("train", "heldout")] == [3, 1]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_what_is_trained_on_is_not_held_out(folder, suffix):
+    path = str(folder / f"rows.{suffix}")
+    with pytest.raises(DataError, match=r"heldout_path=.*: the same examples as dataset\.path"):
+        build(path, heldout_path=path)
+
+
 def test_a_stream_holds_out_its_first_examples(folder):
     dataset = build(
         folder / "rows.parquet", streaming=True, n_examples=2, n_heldout=1, kind="corpus"
@@ -272,7 +302,7 @@ def test_fingerprints_follow_content_and_meaning_not_the_split(folder, tmp_path)
         build(copy), build(folder / "rows.jsonl", label_column="none"),
         build(folder / "rows.jsonl", kind="corpus"),
         build(folder / "rows.jsonl", text_column="label"),
-        build(folder / "rows.jsonl", heldout_path=str(folder / "rows.jsonl")),
+        build(folder / "rows.jsonl", heldout_path=str(copy)),
     ]  # fmt: skip
     assert len({dataset.fingerprint(), *(o.fingerprint() for o in others)}) == 6
 
