@@ -12,9 +12,11 @@ from scipy import sparse
 from sklearn.metrics import accuracy_score
 
 from sae_runner.config import preset
+from sae_runner.data._labelled_files import LabelledFile
 from sae_runner.data.base import Dataset, Example, Unreadable
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators._numbers import Scalars
 from sae_runner.evaluators._pooling import Pooled
 from sae_runner.evaluators._probe_task import (
     Options,
@@ -438,6 +440,18 @@ def test_files_suffice_and_sizes_hold_for_them(tmp_path):
     train, test = examples(300, 30), examples(200, 31)
     both = run(Labelled(), train, test, files=file)  # A class and a file by one name.
     assert set(both.arrays["losses"]) == {"labels/yes", "yes/yes"}
+
+
+def test_files_are_split_by_the_seed_and_the_model_runs_once_on_each_example(tmp_path):
+    path = task_file(tmp_path / "yes.tsv", (200, 150))
+    evaluator = EVALUATORS.build(CFG | {"files": path, "tasks": [], "n_train": 200})
+    given = context(Labelled(), {}, seed=3)
+    evaluator.start(given)
+    ((_, train, test, _),) = evaluator._groups(Scalars("probes"))
+    wanted = LabelledFile(tmp_path / "yes.tsv", seed=3, limits={"train": 200}, where="F")
+    assert train.ids.tolist() == wanted.ids("train").tolist()
+    assert test.ids.tolist() == wanted.ids("heldout").tolist()
+    assert given.spent["full_forwards"] == 200 + 70
 
 
 def test_the_content_of_files_decides_what_is_measured(tmp_path):
