@@ -86,10 +86,10 @@ def read_source(where: str, kind: str, explainer: Explainer) -> Source:
         found = json.loads(data)
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']!r}")
-        if found["backend"] != kind:
+        if (other := found["backend"]) != kind:
             raise ConfigError(
-                f"explanations={where}: {path.name} is of backend {found['backend']}, and "
-                f"backend.type={kind} cannot predict from them"
+                f"explanations={where}: {path.name} is of backend {other}, and "
+                f"backend.type={kind} cannot predict from its explanations"
             )
         explainer.shared = found["common"]
         latents = {
@@ -101,6 +101,8 @@ def read_source(where: str, kind: str, explainer: Explainer) -> Source:
         sae = envelope["sae"]
         weights = {str(sae["sha256"]), *map(str, filter(None, [sae.get("source_sha256")]))}
         host, of = str(envelope["host"]["fingerprint"]), str(envelope["data"]["fingerprint"])
+    except ConfigError:
+        raise
     except (OSError, LookupError, TypeError, ValueError) as error:
         why = " ".join(repr(error).split())
         raise ConfigError(f"explanations={where}: {place} is damaged: {why}") from None
