@@ -1,5 +1,6 @@
 """A run killed at any moment and typed again ends with the bits of one that never was."""
 
+import contextlib
 import json
 import random
 import signal
@@ -10,7 +11,10 @@ import zlib
 
 import pytest
 
-from sae_runner.config import options_of
+from sae_runner.config import options_of, preset
+from sae_runner.errors import ConfigError
+from sae_runner.saes import SAES
+from sae_runner.training.dead_latents import DEAD_LATENTS
 
 BUDGET = [
     "sae.expansion=8", "trainer.n_tokens=40960", "trainer.batch_size=256", "trainer.log_every=5",
@@ -38,17 +42,19 @@ END_TO_END = [
 ]  # fmt: skip
 """The model in the loop, and examples in an order of their own: 7 epochs of them."""
 WITHOUT = {
-    "resample": {"archetypal", "transcoder", "matching_pursuit"},
-    "pre_act": {"topk", "batch_topk", "matryoshka", "matching_pursuit", "archetypal"},
-    "ghost_grads": {"matching_pursuit"},
-    "auxk": set[str](), "none": set[str](),
+    "resample": {"archetypal", "transcoder"},
+    "pre_act": {
+        "topk", "batch_topk", "matryoshka", "matching_pursuit", "archetypal", "transcoder",
+    },
 }  # fmt: skip
-"""Kinds of SAE that refuse a strategy; a transcoder's are below."""
+"""Kinds of SAE that refuse a strategy."""
+PAIRS = [(kind, strategy) for kind in options_of("sae") for strategy in DEAD_LATENTS.names()]
 EVERY = {
     f"{kind}-{strategy}": [f"sae={kind}", f"sae/dead_latents={strategy}"]
-    for kind in options_of("sae") if kind != "transcoder"
-    for strategy, without in WITHOUT.items() if kind not in without
-}  # fmt: skip
+    for kind, strategy in PAIRS
+    if kind != "transcoder" and kind not in WITHOUT.get(strategy, ())
+}
+"""A transcoder's are below."""
 
 
 def command(words):
@@ -97,6 +103,15 @@ def is_killed_and_ends_the_same(words, tmp_path, seed, n_kills):
     err = finish(words, folders[1])
     assert results(folders[1]) == results(folders[0])
     return err
+
+
+@pytest.mark.parametrize(("kind", "strategy"), PAIRS)
+def test_no_pair_but_those_that_are_refused_is_left_out(kind, strategy):
+    base = preset("sae", "jump_relu") if kind.startswith("jump_relu_") else {}
+    sae = SAES.build(base | preset("sae", kind), d_in=32, d_out=32)
+    refused = kind in WITHOUT.get(strategy, ())
+    with pytest.raises(ConfigError, match=strategy) if refused else contextlib.nullcontext():
+        DEAD_LATENTS.build(preset("sae/dead_latents", strategy), sae=sae, window=100)
 
 
 @pytest.mark.parametrize("name", SAMPLE)

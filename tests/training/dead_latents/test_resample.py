@@ -124,6 +124,18 @@ def test_dead_latents_are_pointed_at_rows_and_others_stay(trained, kind):
         assert torch.equal(sae.threshold[DEAD], torch.full((len(DEAD),), 0.001))
 
 
+def test_where_encoder_and_decoder_are_one_matrix_rows_end_at_norm_one(trained):
+    sae, optimiser, strategy, x = trained("matching_pursuit")
+    before = sae.W_dec.detach().clone()
+    strategy.intervene(iter([x]), optimiser, generator())
+    sae.after_step()  # As the trainer does.
+    target = torch.nn.functional.normalize(sae.scaled(x) - sae.b_dec, dim=1).detach()
+    nearest = (target @ sae.W_dec[DEAD].detach().T).max(0).values
+    torch.testing.assert_close(nearest, torch.ones(len(DEAD)))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert (before[DEAD] - sae.W_dec[DEAD]).norm(dim=1).min() > 0.1
+
+
 @pytest.mark.parametrize("d_in", [D_IN, D_SAE])
 @pytest.mark.parametrize("kind", ["relu", "topk", "jump_relu", "gated"])
 def test_adam_forgets_exactly_the_dead_rows(trained, kind, d_in):
