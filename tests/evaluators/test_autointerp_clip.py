@@ -302,3 +302,13 @@ def test_concepts_of_one_corpus_are_scored_on_another(planted, tmp_path):
     path.write_text(path.read_text().replace('"rule": [0', '"rule": [4', 1))
     with pytest.raises(ConfigError, match=r"explanations\.json is damaged: .*is not what its rule"):
         measured(planted, **options)
+
+
+def test_neurons_of_other_examples_than_the_latents(planted, monkeypatch):
+    """Where memory is short, examples of both are numbered apart."""
+    monkeypatch.setattr("sae_runner.evaluators._controls.KEEP_BYTES", 1000)
+    f, _ = planted
+    findings, _ = measured(planted, x=f[:, :2], n_neurons=2)
+    columns = findings.tables["neurons"]
+    assert columns["explanation"] == ["red apple", "green pear"]
+    assert all(rho > 0.8 for rho in columns["spearman"])
