@@ -172,6 +172,8 @@ def preflight(command: str) -> "list[Job]":
                 which = f" (in {', '.join(job.overrides)})" if len(jobs) > 1 else ""
                 raise type(error)(f"{error}{which}") from None
             progress.advance(1)
+    if together := getattr(module, "check_sweep", None):
+        together(jobs)
     return jobs
 
 

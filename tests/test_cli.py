@@ -72,6 +72,8 @@ BAD = {
     "seed of a sweep": (["train", "-m", "seed=0,x"], "seed=x"),
     "text for force": (["train", "force=perhaps"], "force=perhaps"),
     "run name that climbs": (["train", "run_name=..", "force=true"], "run_name=..: at most 200 letters"),
+    "one name for two runs": (
+        ["train", "-m", "run_name=a", "sae.k=4,8"], "run_name=a: jobs of different configurations would share it"),
     "run name with a folder": (["train", "run_name=a/b"], "run_name=a/b: at most 200 letters"),
     "no site": (["train", "site.name=null"], "site.name=null: needs a value"),
     "no device": (["train", "device=null"], "device=null: needs a value"),
@@ -259,6 +261,15 @@ def test_nan_in_activations_names_the_example(in_process, capfd, tmp_path, monke
 def finished_run(in_process, tmp_path) -> Path:
     assert in_process("train", *QUICK) == 0
     return next(tmp_path.glob("outputs/train/[!.]*"))
+
+
+def test_a_name_that_another_run_has_is_refused_until_forced(in_process, capfd):
+    assert in_process("train", *QUICK, "run_name=mine") == 0
+    capfd.readouterr()
+    assert in_process("train", *QUICK, "run_name=mine", "seed=1") == 2
+    line = one_line(capfd.readouterr().err)
+    assert "run_name=mine: there is a run of another configuration; give another name, or" in line
+    assert in_process("train", *QUICK, "run_name=mine", "seed=1", "force=true") == 0
 
 
 def test_no_row_left_is_one_line_and_leaves_no_run(in_process, capfd, tmp_path):

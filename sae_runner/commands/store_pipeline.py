@@ -221,6 +221,7 @@ class StorePipeline:
         """The one site that an SAE is trained on."""
         if len(self.inputs) != 1:
             names = ",".join(info.name for info in self.inputs[:3])
+            names += ",…" if len(self.inputs) > 3 else ""
             raise ConfigError(
                 f"site.name means {len(self.inputs)} sites and an SAE takes one; "
                 f"sweep over them with -m site.name={names}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,25 @@ def check(job: Job) -> None:
     """Refuse what can be refused ahead."""
     check_composition(job)
     require_room(Pipeline(job.cfg, job.choices))
+
+
+def check_sweep(jobs: Sequence[Job]) -> None:
+    """Refuse jobs of one sweep that would write different runs into one folder.
+
+    Raises:
+        ConfigError: `run_name` is the same, and the configuration is not.
+    """
+    first: dict[Path, Any] = {}
+    for job in jobs:
+        if job.cfg["run_name"] is None:  # Else the name follows from the configuration.
+            continue
+        pipeline = Pipeline(job.cfg, job.choices)
+        identity = pipeline.run_identity
+        if first.setdefault(pipeline.run_dir, identity) != identity:
+            raise ConfigError(
+                f"run_name={pipeline.root.run_name}: jobs of different configurations would share "
+                "it; leave it out, or put what is swept in it: 'run_name=name${seed}'"
+            )
 
 
 def check_composition(job: Job) -> None:
@@ -81,7 +101,10 @@ def check_same_run(pipeline: Pipeline) -> dict[str, Any] | None:
     old = run_record(pipeline.run_dir)
     if old["identity"] != pipeline.run_identity:
         name = pipeline.run_dir.name
-        raise ConfigError(f"run_name={name}: there is a run of another configuration")
+        raise ConfigError(
+            f"run_name={name}: there is a run of another configuration; give another name, or "
+            "force=true to replace it"
+        )
     return old
 
 

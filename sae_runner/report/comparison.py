@@ -181,12 +181,14 @@ def _who_has_what(of_runs: Mapping[int, Mapping[str, Any]]) -> list[str]:
             length = 12 if re.fullmatch("[0-9a-f]{32,}", text) else 48  # Hashes need no more.
             text = text if len(text) <= length else f"{text[:length]}…"
             holders.setdefault(text, []).append(f"#{i}")
-        said = [
-            f"{value} ({', '.join(who[:4])}{f' and {len(who) - 4} more' if len(who) > 4 else ''})"
-            for value, who in holders.items()
-        ]
+        said = [f"{value} ({_these(who)})" for value, who in holders.items()]
         lines.append(f"{key} is {', '.join(said)}")
     return lines
+
+
+def _these(who: Sequence[str]) -> str:
+    """`#1, #3`, and of many how many more there are."""
+    return ", ".join(who[:4]) + (f" and {len(who) - 4} more" if len(who) > 4 else "")
 
 
 def higher_is_better(metric: str) -> bool:
@@ -288,7 +290,15 @@ class Comparison:
             f"comparable with group A: {group.why}"
             for group in self.groups[1:]
         ]
-        return apart + self.cautions
+        warned: dict[str, list[str]] = {}
+        for i, run in enumerate(self.runs):
+            for warning in run.report["warnings"]:
+                warned.setdefault(str(warning), []).append(f"#{i + 1}")
+        return [
+            *(f"{_these(who)}: {warning}" for warning, who in warned.items()),
+            *apart,
+            *self.cautions,
+        ]
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str], x: str, y: str) -> Comparison:

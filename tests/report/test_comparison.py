@@ -207,6 +207,12 @@ def test_another_measurement_of_comparable_runs_is_said(make_run: MakeRun) -> No
     ]
 
 
+def test_what_a_run_warns_of_is_said_once_with_the_runs(make_run: MakeRun) -> None:
+    random = {"warnings": ["MODEL WEIGHTS ARE RANDOM"]}
+    runs = load(make_run("a", report=random), make_run("b"), make_run("c", report=random))
+    assert compare(runs, [X, Y], X, Y).remarks == ["#1, #3: MODEL WEIGHTS ARE RANDOM"]
+
+
 def test_hashes_are_cut_short(make_run: MakeRun) -> None:
     git = {"commit": "0123456789ab" + "c" * 28, "dirty": False}
     runs = load(make_run("a", report={"git": git}), make_run("b", report={"git": None}))
