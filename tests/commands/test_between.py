@@ -221,7 +221,7 @@ def test_explanations_of_one_corpus_scored_on_others(compared: Compared, outputs
     nobody = "compare=retention: no run scored the explanations of another of these .*: "
     with pytest.raises(ConfigError, match=nobody + "none of them has scores of explanations"):
         compared(["a", "copy"], "compare=retention")
-    source = explain(a, "autointerp", f1=0.8, f2=0.5)
+    source = explain(a, "autointerp", f1=0.3, f2=0.5)  # Less than elsewhere.
     with pytest.raises(ConfigError, match=nobody + r"left out, #1 autointerp: its explanations"):
         compared(["a", "copy"], "compare=retention")
     explain(b, "here", takes=source, f1=0.4, f2=0.5)
@@ -231,7 +231,8 @@ def test_explanations_of_one_corpus_scored_on_others(compared: Compared, outputs
     one, two = found["found"]
     assert (one["runs"], one["evaluators"]) == (["a", "copy"], ["autointerp", "here"])
     assert two["runs"] == ["a", "third"] and one["data"] == ["toy", "toy"]
-    assert one["retention"] == pytest.approx(0.75) and two["retention"] == pytest.approx(0.6)
+    assert one["retention"] == pytest.approx((4 / 3 + 1) / 2)
+    assert two["retention"] == pytest.approx((8 / 3 + 0.2) / 2)
     for record in (one, two):
         assert record["uni_interp"] == pytest.approx((0.4 + 0.1) / 2)
         assert record["active_overlap"] == 1 and record["notes"] == []
