@@ -9,7 +9,7 @@ from sae_runner.data._columns import NO_COLUMN
 from sae_runner.data._sources import local_files, open_source
 from sae_runner.data._streams import Stream, features_of
 from sae_runner.data._text_files import LABEL_NAMES, SUFFIXES, TEXT_NAMES, TextFiles
-from sae_runner.errors import ConfigError, DataError, did_you_mean
+from sae_runner.errors import DataError, did_you_mean
 
 log = logging.getLogger("sae_runner")
 
@@ -64,8 +64,6 @@ def open_records(
         path = path if path.startswith(("/", ".", "~")) else f"./{path}"
     if not is_plain(path):
         return Table(path, split, key, **options)
-    if options["streaming"]:
-        raise ConfigError("dataset.streaming=true: plain files are read in place; use false")
     return TextFiles(local_files(path), columns, where)
 
 

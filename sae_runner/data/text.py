@@ -54,7 +54,8 @@ class Text(Dataset):
             None if each record (of .txt: each file) is one.
         n_examples: at most so many to train on: a seeded sample; of a stream the first.
         n_heldout: at most so many held out.
-        streaming: read a hub dataset or parquet in order without keeping a copy.
+        streaming: read a hub dataset or parquet in order without keeping a copy; plain files are
+            read in place whatever it says.
         seed: decides splits and samples.
 
     Raises:
@@ -86,6 +87,9 @@ class Text(Dataset):
         streaming: bool,
         seed: NonNegative,
     ) -> None:
+        if streaming and is_plain(path):
+            log.info("dataset.streaming=true: plain files are read in place, and so is this one")
+            streaming = False
         self.name, self.path, self.kind, self.streaming = name, path, kind, streaming
         self.random_access, self.heldout, self.seed = not streaming, heldout, seed
         self.limits: dict[Split, int | None] = {"train": n_examples, "heldout": n_heldout}

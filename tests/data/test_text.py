@@ -290,6 +290,17 @@ def test_a_stream_holds_out_its_first_examples(folder):
         dataset.load([4])
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_plain_files_are_read_in_place_where_a_stream_is_the_default(folder, suffix):
+    """As `dataset=openwebtext dataset.path=FILE` says."""
+    path = folder / f"rows.{suffix}"
+    one, other = build(path, streaming=True), build(path)
+    assert one.random_access and one.fingerprint() == other.fingerprint()
+    for split in ("train", "heldout"):
+        assert one.ids(split).tolist() == other.ids(split).tolist()
+    assert sorted(texts(one)) == sorted(row["text"] for row in ROWS)
+
+
 def test_fingerprints_follow_content_and_meaning_not_the_split(folder, tmp_path):
     dataset = build(folder / "rows.jsonl")
     assert dataset.fingerprint() == build(folder / "rows.jsonl", seed=3).fingerprint()
@@ -353,10 +364,9 @@ def test_broken_records_are_named_and_spoil_no_other(tmp_path):
             {"path": "{}/rows.tsv", "columns": ["text"]}, DataError,
             r"dataset\.columns=text: the first line of .* has 2 fields",
         ),
-        ({"streaming": True}, ConfigError, r"streaming=true needs dataset\.n_examples=N"),
         (
-            {"streaming": True, "n_examples": 1, "n_heldout": 1}, ConfigError,
-            r"dataset\.streaming=true: plain files",
+            {"path": "{}/rows.parquet", "streaming": True}, ConfigError,
+            r"streaming=true needs dataset\.n_examples=N",
         ),
         ({"kind": "running"}, ConfigError, r"dataset\.kind=running: not one of its values"),
         ({"heldout": 0}, ConfigError, r"dataset\.heldout=0.*: must be > 0"),
