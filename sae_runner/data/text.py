@@ -121,7 +121,9 @@ class Text(Dataset):
         self._class_of, self.label_names = self._classes(label_names)
         if columns is not None and self.label_column is not None:
             self._refuse_names(columns)
-        self.separator = document_separator if kind == "corpus" else None
+        self.separator = None
+        if kind == "corpus" and document_separator is not None:
+            self.separator = document_separator.replace(r"\n", "\n")  # As a shell passes it.
         self._documents = [list(self._cut(r)) for r in self.records] if self.separator else None
 
     def _check_options(self, elsewhere: bool, separator: str | None) -> None:

@@ -168,6 +168,10 @@ def test_a_corpus_is_cut_at_its_separator(tmp_path):
     assert texts(dataset, range(3)) == ["First.\nSpeech", "Second.", "Third."]
     assert dataset.label_names is None and dataset.kind == "corpus"
     assert len(dataset.ids("train")) == 2 and len(dataset.ids("heldout")) == 1
+    typed = build(
+        tmp_path / "plays.txt", kind="corpus", document_separator=r"\n\n", heldout=0.34
+    )  # A shell leaves backslashes as they are.
+    assert typed.fingerprint() == dataset.fingerprint() and typed.separator == "\n\n"
 
 
 def test_several_files_are_one_corpus(tmp_path):
