@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sae_runner import files
@@ -52,9 +53,18 @@ def save(trainer: "Trainer", wait_s: float) -> None:
 def state_of(trainer: "Trainer") -> dict[str, Any]:
     """What a resume needs besides tensors."""
     state: dict[str, Any] = {"step": trainer.step, "position": asdict(trainer.position)}
+    state["arithmetic"] = arithmetic(trainer)
     if trainer.target_l0 is not None:
         state["target_l0"] = trainer.target_l0.state()
     return state
+
+
+def arithmetic(trainer: "Trainer") -> str:
+    """What decides how sums are rounded, besides the numbers: the same bits need the same."""
+    if trainer.device.type != "cpu":
+        return trainer.device.type
+    n = torch.get_num_threads()
+    return f"cpu, {n} thread{'s' if n > 1 else ''}"
 
 
 def tensors_of(trainer: "Trainer") -> dict[str, Tensor]:
@@ -78,6 +88,10 @@ def restore(
     try:
         _take(trainer, state, weights, optimizer)
         trainer.position = Position(**state["position"])
+        before, now = state.get("arithmetic"), arithmetic(trainer)
+        if before not in (None, now):
+            log.warning("going on with %s from a checkpoint made with %s: rounding differs, and so will the "
+                        "last bits of the result", now, before)  # fmt: skip
         # Last: what failed before begins anew.
         trainer.step = trainer.saved_step = state["step"]
     except KeyError as error:

@@ -605,3 +605,16 @@ def test_what_cannot_be_restored_begins_anew(trainer):
     with pytest.raises(StoreError, match=r"lacks .dead\.rows_since_fired"):
         other.restore(state, weights, optimizer)
     assert other.step == 0
+
+
+def test_going_on_with_another_number_of_threads_is_said(trainer, caplog):
+    """The same weights, in sums that are rounded otherwise: nothing else would show it."""
+    whole = trainer("topk", "whole", checkpoints=1)
+    whole.run()
+    state = load_state(step_dirs(whole.run_dir)[0])
+    trainer("topk", "same", initialise=False).restore(*copy.deepcopy(state))
+    assert not caplog.records
+    torch.set_num_threads(2)
+    trainer("topk", "other", initialise=False).restore(*state)
+    (said,) = caplog.messages
+    assert "going on with cpu, 2 threads from a checkpoint made with cpu, 1 thread:" in said
