@@ -90,8 +90,10 @@ def restore(
         trainer.position = Position(**state["position"])
         before, now = state.get("arithmetic"), arithmetic(trainer)
         if before not in (None, now):
-            log.warning("going on with %s from a checkpoint made with %s: rounding differs, and so will the "
-                        "last bits of the result", now, before)  # fmt: skip
+            log.warning(
+                "going on with %s from a checkpoint made with %s: rounding differs, so the "
+                "result will differ in its last bits", now, before,
+            )  # fmt: skip
         # Last: what failed before begins anew.
         trainer.step = trainer.saved_step = state["step"]
     except KeyError as error:

@@ -436,7 +436,7 @@ def test_gradients_are_clipped_to_the_bound_and_logged_before(trainer, bound):
 @pytest.mark.parametrize(
     ("kind", "sae"),
     [
-        ("relu", {"loss_reduction": "sum"}), ("relu", {"loss_reduction": "mean"}),
+        ("relu", {"loss_reduction": "sum"}), ("relu", {"loss_reduction": "mean", "units": None}),
         ("topk", {"loss_reduction": "sum"}),
         ("topk", {"loss_reduction": "mean"}),
         ("topk", {"loss_reduction": "normalised"}),
