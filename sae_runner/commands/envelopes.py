@@ -76,7 +76,7 @@ def envelope_of(
         "data": {
             **facts["dataset"],
             "split": "heldout",
-            "n_tokens": cost["sae_encodes"] if evaluator.reads_rows() else 0,
+            "n_tokens": cost["rows"] if evaluator.reads_rows() else 0,
             **({"n_examples": cost["full_forwards"]} if evaluator.splices else {}),
         },
         "config": config_of(pipeline, name),

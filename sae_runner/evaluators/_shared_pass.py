@@ -54,14 +54,15 @@ class Cost:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.started, self.names = time.perf_counter(), sorted(names)
-        self.sae_encodes = self.full_forwards = self.partial_forwards = 0
+        self.rows = self.sae_encodes = self.full_forwards = self.partial_forwards = 0
 
     def block(self, finish_s: float, own: Counter[str]) -> dict[str, Any]:
-        """Of an evaluator whose `finish` took so long, and who ran the model itself `own` times."""
+        """Of an evaluator whose `finish` took so long, and who ran model and SAE `own` times."""
         return {
             "wall_s": round(time.perf_counter() - self.started, 3),
             "finish_s": round(finish_s, 3),
-            "sae_encodes": self.sae_encodes,
+            "rows": self.rows,
+            "sae_encodes": self.sae_encodes + own["sae_encodes"],
             "full_forwards": self.full_forwards + own["full_forwards"],
             "partial_forwards": self.partial_forwards + own["partial_forwards"],
             "shared_with": self.names,
@@ -121,7 +122,8 @@ def measure(
     for name, evaluator in going.each():
         own = None if folder is None else folder / name
         with going.attempt(name):
-            evaluator.start(replace(context, codes=codes, folder=own, spent=spent[name]))
+            of_it = counted(context, spent[name])
+            evaluator.start(replace(of_it, codes=codes, folder=own))
     if any(evaluator.reads_rows() for _, evaluator in going.each()):
         codes.collector = _rows_pass(going, rows, context, cost, keep_bytes)
     if any(evaluator.splices for _, evaluator in going.each()):
@@ -134,6 +136,23 @@ def measure(
         if name not in going.failures:  # What goes wrong in keeping it is not the evaluator's.
             on_found(name, found, cost.block(time.perf_counter() - began, spent[name]))
     return going.failures
+
+
+def counted(context: EvalContext, spent: Counter[str]) -> EvalContext:
+    """A context of an evaluator's own: the SAE's rows that it asks for are in its cost."""
+    rows, rows_of = context.rows, context.rows_of
+
+    def seen(batches: Iterator[Rows]) -> Iterator[Rows]:
+        for batch in batches:
+            spent["sae_encodes"] += len(batch.x)
+            yield batch
+
+    return replace(
+        context,
+        spent=spent,
+        rows=rows and (lambda split, n: seen(rows(split, n))),
+        rows_of=rows_of and (lambda dataset, split: seen(rows_of(dataset, split))),
+    )
 
 
 class _Lazy:
@@ -172,6 +191,7 @@ def _rows_pass(
             for name, evaluator in going.each():
                 with going.attempt(name):
                     evaluator.update(shared)
+            cost.rows += len(shared.x)
             cost.sae_encodes += len(shared.x)
             progress.advance(len(shared.x))
     return collector
@@ -193,6 +213,8 @@ def _input_pass(going: Going, inputs: InputPass, sae: SAE, setting: Setting, cos
                         with going.attempt(name):
                             evaluator.update_spliced(spliced)
                 cost.partial_forwards += len(batch)
+                if spliced.kind == "recon":
+                    cost.sae_encodes += int(spliced.replaced.sum())
             cost.full_forwards += len(batch)
             progress.advance(len(batch))
 

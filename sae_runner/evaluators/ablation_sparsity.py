@@ -122,6 +122,7 @@ class AblationSparsity(Evaluator):
         if head.kind == "tokens":
             own = ahead if inputs.attended is None else inputs.attended.cpu().long()
             ahead = own.flip(1).cumsum(1).flip(1).clamp_max(self.n_positions)
+        context.spent["sae_encodes"] += int(keep.sum())
         pairs = draw_pairs(context.sae, x, y, keep, ahead, inputs.ids, self.counts, context.seed)
         start, n = 0, 1  # One, to see how many numbers it gives.
         while start < len(pairs.latent):

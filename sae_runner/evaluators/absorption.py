@@ -183,6 +183,7 @@ class Absorption(Evaluator):
         with Progress("absorption", len(words), "words") as progress:
             context.spent["full_forwards"] += len(prompts)
             for part in shown(prompts, model, context.sae, site, self.batch_size):
+                context.spent["sae_encodes"] += len(part.x)
                 x.append(part.x.detach().cpu().double().numpy())
                 values = part.latents.values.detach().cpu().double().numpy()
                 where = (part.latents.indices.cpu().numpy(), part.latents.offsets.cpu().numpy())

@@ -121,7 +121,8 @@ class EvalContext:
     folder: Path | None = None
     """Where this evaluator may keep what it need not do again; it is made when first written."""
     spent: Counter[str] = field(default_factory=Counter)
-    """Examples that this evaluator itself ran the model on: `full_forwards`, `partial_forwards`."""
+    """What this evaluator itself ran: the model on examples (`full_forwards`, `partial_forwards`),
+    the SAE on rows (`sae_encodes`; those that `rows` and `rows_of` give are counted there)."""
 
 
 class Note(NamedTuple):

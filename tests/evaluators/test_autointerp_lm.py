@@ -181,6 +181,26 @@ def test_a_latent_of_whose_replies_none_is_understood_has_no_score_and_is_asked_
         assert len(server.requests) == n + 3 * n_bad
 
 
+def test_judgements_by_other_explanations_that_nobody_understands_are_told():
+    with serving() as server:
+        good, asked_of = server.answer, list[str]()
+
+        def answer(handler, prompt):
+            if "Which of the numbered" in prompt or "responds to" in prompt:
+                asked_of.append(prompt)
+            good(handler, prompt)
+
+        server.answer = answer
+        asked(server.url, backend={"concurrency": 1, "fuzz": False})
+        blind = set(asked_of[len(asked_of) // 2 :])  # Own explanations come first.
+        server.spoil = lambda prompt: prompt in blind
+        findings = asked(server.url, backend={"concurrency": 1, "fuzz": False})
+    assert findings.metrics["autointerp"]["n_scored"] == 4
+    assert findings.incomplete == (
+        "not all shuffled explanations are judged: replies that cannot be understood"
+    )
+
+
 def test_no_more_latents_are_begun_than_the_budget_can_finish(tmp_path, caplog):
     backend = {"max_calls": 13, "dollars_per_million": 2.0}  # Six for each latent.
     with caplog.at_level(logging.INFO), serving() as server:

@@ -1,12 +1,14 @@
 """Passes: taken part in by overriding, shared, and survived by those that do not fail."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from host_fixtures import SITE, D
 
 from sae_runner.data.toy import ToyDataset
-from sae_runner.evaluators._shared_pass import InputPass, measure
+from sae_runner.evaluators._shared_pass import InputPass, encoded, measure
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Setting
 from sae_runner.store.activations import StoredRows
 
@@ -84,29 +86,40 @@ def passes(evaluators, context, stored, host=None, inputs=None, **options):
 def test_rows_are_read_once_for_all_and_only_if_somebody_wants_them(context, host, inputs):
     stored = rows()
     found, _ = passes({"splices": OfSplices()}, context, stored, host, inputs)
-    assert found["splices"][1]["sae_encodes"] == 0
+    spent = found["splices"][1]
+    replaced = context.setting.selection.mask(context.setting.site, inputs, 5)
+    assert spent["rows"] == 0 and spent["sae_encodes"] == replaced.sum() > 0
     assert len(next(stored).x) == 4  # Nothing was taken of it.
     found, _ = passes({"a": OfRows(), "b": OfRows(), "c": OfCodes()}, context, rows())
     assert [found[name][0].metrics["recorder"]["n"] for name in "abc"] == [10, 10, 10]
-    assert found["a"][1]["sae_encodes"] == 10 and found["a"][1]["shared_with"] == ["a", "b", "c"]
+    assert found["a"][1]["rows"] == found["a"][1]["sae_encodes"] == 10 and found["a"][1][
+        "shared_with"
+    ] == ["a", "b", "c"]
 
 
 def test_what_an_evaluator_runs_itself_is_in_its_own_cost(context):
     class Spends(OfRows):
         def start(self, context):
             super().start(context)
-            self.spent = context.spent
+            self.own = context
 
         def finish(self):
-            self.spent["full_forwards"] += 3
-            self.spent["partial_forwards"] += 12
+            self.own.spent["full_forwards"] += 3
+            self.own.spent["partial_forwards"] += 12
+            for batch in (*self.own.rows("train", 2), *self.own.rows_of(None, "heldout")):
+                assert len(batch.x) == 7
             return super().finish()
+
+    given = encoded(context.sae, next(rows(7, 7)))
+    context = replace(
+        context, rows=lambda split, n: iter([given] * n), rows_of=lambda data, split: iter([given])
+    )
 
     for _ in range(2):  # Nothing is left of the first time.
         found, _ = passes({"spends": Spends(), "sound": OfRows()}, context, rows())
-        runs = [[found[name][1][f"{kind}_forwards"] for kind in ("full", "partial")]
-                for name in ("spends", "sound")]  # fmt: skip
-        assert runs == [[3, 12], [0, 0]]
+        kinds = ("full_forwards", "partial_forwards", "sae_encodes", "rows")
+        runs = [[found[name][1][kind] for kind in kinds] for name in ("spends", "sound")]
+        assert runs == [[3, 12, 10 + 3 * 7, 10], [0, 0, 10, 10]]
 
 
 def test_splices_replace_the_selected_tokens_and_nothing_else(context, host, inputs, reference):

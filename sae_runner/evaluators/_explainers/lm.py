@@ -274,14 +274,14 @@ class LanguageModel(Explainer):
         what = "autointerp: judging" + (" with others' explanations" if control else "")
         verdicts = self.asking.each(what, judge, range(len(cases)))
         log.info("%s: %s questions asked by now", what, f"{self.asking.n_calls:,}")
+        why = self.asking.why or "replies that cannot be understood"
         if not control:
             n_missing = sum(verdict is None for verdict in verdicts)
-            why = self.asking.why or "replies that cannot be understood"
             if n_missing:
                 self.incomplete = f"{n_missing} of {len(cases)} latents are without a score: {why}"
         elif any(e and not v for e, v in zip(explanations, verdicts, strict=True)):
             self.incomplete = self.incomplete or (
-                f"not all shuffled explanations are judged: {self.asking.why}"
+                f"not all shuffled explanations are judged: {why}"
             )
         return verdicts
 

@@ -17,6 +17,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sae_runner.config import Positive
 from sae_runner.data.base import Example
@@ -71,8 +73,8 @@ class NGram(Explainer):
 
     def start(self, context: EvalContext, showing: Showing) -> None:
         """Learn the frame that the host puts around a text."""
-        self.context, self.model, sae = context, showing.model, context.sae
-        self.turn_to(showing, lambda x: sae(x.to(sae.b_dec)).latents)
+        self.context, self.model = context, showing.model
+        self.turn_to(showing, self._encoded)
         self.n_documents = self.n_not_reproduced = 0
         assert context.setting is not None
         self.selection = replace(context.setting.selection, tokens="all")
@@ -183,6 +185,12 @@ class NGram(Explainer):
             found[part] = self._run([latents[i] for i in part], [rows[i] for i in part])
             self.progress.advance(len(part))
         return found
+
+    def _encoded(self, x: Float[Tensor, "n d"]) -> Latents:
+        self.context.spent["sae_encodes"] += len(x)
+        sae = self.context.sae
+        latents: Latents = sae(x.to(sae.b_dec)).latents
+        return latents
 
     def _run(
         self, latents: Sequence[int], rows: Sequence[Sequence[int]]
