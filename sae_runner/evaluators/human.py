@@ -142,7 +142,7 @@ class Human(Evaluator):
         """The pack, and where responses are given, category `human`.
 
         Raises:
-            ConfigError: responses to another pack.
+            ConfigError: responses to another pack, or to what is no item of it.
         """
         context = self.context
         assert context.codes and context.dataset and context.model and context.setting
@@ -162,11 +162,13 @@ class Human(Evaluator):
         turns = plan(sources, self.n_raters, self.shared, self.repeated, context.seed)
         kind = "image" if context.setting.dataset.modality == "image" else "text"
         pack = Pack.of(kind, fields, items, turns, pictures.data)
-        if self.responses and (
-            {r.pack for r in self.responses} != {pack.id}
-            or not {r.item for r in self.responses} <= origins.keys()
-        ):
+        if self.responses and {r.pack for r in self.responses} != {pack.id}:
             self._refuse(f"pack {pack.id}")
+        if unknown := sorted({r.item for r in self.responses} - origins.keys()):
+            raise ConfigError(
+                f"responses={self.wanted[0]}: {unknown[0]} is no item of their pack {pack.id}; was "
+                "the file changed?"
+            )
         total = [name for name in TOTAL if name in fields]
         ratings = Ratings(self.responses, origins, total, self.n_bootstrap, context.seed)
         findings = ratings.findings()

@@ -294,6 +294,10 @@ def test_absent_files_and_other_packs_are_refused(pack, tmp_path):
         InputError, match=r"they are of pack \w{16}, not of pack \w{16}; use the opt"
     ):
         measured(responses=path, n_latents=7)
+    changed = {**answer(data, *turns_of(data)[0], 9), "item": "f" * 16}
+    other = written(tmp_path / "changed.jsonl", [changed])
+    with pytest.raises(InputError, match=r"changed.jsonl: f{16} is no item of their pack \w{16};"):
+        measured(responses=other)
     # Where the pack is on disk, nothing is computed first.
     (tmp_path / "items.jsonl").write_text(measured(seed=5).texts["items.jsonl"])
     with pytest.raises(InputError, match=r"not of .*items.jsonl"):

@@ -92,9 +92,8 @@ def test_rows_are_read_once_for_all_and_only_if_somebody_wants_them(context, hos
     assert len(next(stored).x) == 4  # Nothing was taken of it.
     found, _ = passes({"a": OfRows(), "b": OfRows(), "c": OfCodes()}, context, rows())
     assert [found[name][0].metrics["recorder"]["n"] for name in "abc"] == [10, 10, 10]
-    assert found["a"][1]["rows"] == found["a"][1]["sae_encodes"] == 10 and found["a"][1][
-        "shared_with"
-    ] == ["a", "b", "c"]
+    spent = found["a"][1]
+    assert spent["rows"] == spent["sae_encodes"] == 10 and spent["shared_with"] == ["a", "b", "c"]
 
 
 def test_what_an_evaluator_runs_itself_is_in_its_own_cost(context):
