@@ -99,6 +99,17 @@ def test_shared_latents_are_paired_alike_by_decoder_and_encoder_and_close() -> N
     assert similarity(one, Directions(one.decoder, tilted), options())["n_shared"] == 3
 
 
+@pytest.mark.parametrize("exact_up_to", [1, 8192])
+def test_a_part_of_a_dictionary_is_shared_in_full_with_the_whole_both_ways(
+    exact_up_to: int,
+) -> None:
+    whole = tied(torch.eye(6))
+    part = tied(torch.eye(6)[[4, 1]])
+    for one, two in ((whole, part), (part, whole)):
+        found = similarity(one, two, options(exact_up_to=exact_up_to))
+        assert (found["n_shared"], found["shared_frac"], found["pw_mcc"]) == (2, 1, 1)
+
+
 def test_exact_matching_is_scipys_of_the_cosines_and_greedy_takes_the_greatest_first() -> None:
     a, b = unit(random(60, 12)), unit(random(40, 12, 1))
     cosines = (a @ b.T).numpy()
