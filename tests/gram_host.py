@@ -133,18 +133,17 @@ def measured(
         {**cfg, "n_silent": 10, "n_bootstrap": 50, "n_neurons": 0, **options}
     )
     evaluator.check(setting)
-    evaluator.start(
-        context_of(
-            codes, sae=sae, seed=seed, setting=setting, dataset=lambda: dataset,
-            model=lambda: host, n_latents=n_latents, folder=folder,
-        )
+    context = context_of(
+        codes, sae=sae, seed=seed, setting=setting, dataset=lambda: dataset,
+        model=lambda: host, n_latents=n_latents, folder=folder,
     )  # fmt: skip
+    evaluator.start(context)
     for at in torch.arange(len(x)).split(batch):
         of = example[at], position[at], None
         evaluator.update(Batch(x[at], Latents.from_dense(latents[at]), x[at], *of))
     findings = evaluator.finish()
     assert_publishable(findings)
-    host.data = dataset.fingerprint()
+    host.data, host.spent = dataset.fingerprint(), context.spent
     return findings, host
 
 

@@ -109,6 +109,7 @@ def aggregate(
                 continue
             scalars.put(metric, float((values * counts).sum() / counts.sum()))
             if not suffix:
+                _note_partial(scalars, metric, counts, "latents")
                 sums |= {name: values * counts, f"n_{name}": counts}
                 statistics[f"{CATEGORY}.{metric}"] = ratio_of(name, f"n_{name}")
     _losses(scalars, kept, freq[[score is not None for score in scores]])
@@ -131,6 +132,7 @@ def aggregate_neurons(
         values, counts = values_of(kept, name)
         if counts.sum():
             scalars.put(metric, float((values * counts).sum() / counts.sum()))
+            _note_partial(scalars, metric, counts, "neurons")
         else:
             why = absent(kept, name) if kept else "no neuron was scored"
             scalars.null(metric, "not_applicable", why)
@@ -140,6 +142,13 @@ def aggregate_neurons(
     sums = {"spearman": values * counts, "n": counts}
     statistic = {f"{CATEGORY}.{METRIC['spearman']}_neurons": ratio_of("spearman", "n")}
     return intervals(sums, statistic, n_resamples=n_bootstrap, seed=seed)
+
+
+def _note_partial(scalars: Scalars, metric: str, counts: Numbers, what: str) -> None:
+    """Say so where a mean is of some alone."""
+    if (n := int(counts.sum())) < len(counts):
+        detail = f"over {n} of {len(counts)} {what}: undefined for the others (see the table)"
+        scalars.note(metric, "too_few_examples", detail)
 
 
 def absent(scores: Sequence[Scores], name: str) -> str:

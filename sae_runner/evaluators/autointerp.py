@@ -22,6 +22,7 @@ max(x_j − m_j, 0), m the mean of the rows (`_controls`): Bricken et al. 2023 t
 their nonlinearity, and a coordinate of a residual stream has none and is seldom 0. One that is
 active in nearly every example has hardly any silent ones to be told from (`n_silent` in the table):
 over texts, correlations compare best; over images, latents are told from silence, neurons seldom.
+A mean that is over some of the latents or neurons alone says so in a note.
 
 With `explanations` of another evaluation of the same SAE on the same model, its latents are not
 explained: what was said of them there predicts what they do here, in examples that none of it is

@@ -134,6 +134,7 @@ def run(absorbs=True, **options):
     with torch.no_grad():
         findings = evaluator.finish()
     assert_publishable(findings)
+    model.spent = context.spent
     return findings, model
 
 
@@ -318,8 +319,9 @@ def test_without_an_absorber_nothing_is_absorbed():
 
 
 def test_batches_do_not_matter_and_the_seed_decides():
-    one, _ = run(n_words=400, min_letters=5, batch_size=7)
+    one, model = run(n_words=400, min_letters=5, batch_size=7)
     other, _ = run(n_words=400, min_letters=5, batch_size=400)
+    assert model.spent == {"full_forwards": 400, "sae_encodes": 400}  # A row of each prompt.
     assert one.metrics == other.metrics and one.tables == other.tables
 
 

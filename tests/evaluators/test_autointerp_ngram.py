@@ -36,6 +36,7 @@ def test_planted_ngrams_are_found_and_predict_others():
     assert metrics["spearman_mean_shuffled"] < 0.1
     assert metrics["detection_balacc_shuffled"] < 0.7
     assert host.n_runs < 20  # All texts of all latents together.
+    assert host.spent["full_forwards"] == host.spent["sae_encodes"] > 4 * 15
 
 
 def test_means_are_those_of_the_table():

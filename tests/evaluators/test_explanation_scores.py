@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from sae_runner.evaluators._explainers.base import Case, Explanation, Shown, Verdict
-from sae_runner.evaluators._explanation_scores import aggregate, scores_of, shuffled
+from sae_runner.evaluators._explanation_scores import (
+    aggregate,
+    aggregate_neurons,
+    scores_of,
+    shuffled,
+)
 
 
 def case_of(*acts):
@@ -55,6 +60,24 @@ def test_undefined_correlations_count_as_0_and_other_undefined_scores_do_not():
     assert losses["lo"] == pytest.approx(1 - rho["hi"]) and losses["se"] == pytest.approx(rho["se"])
     assert rho["n"] == 3 and rho["se"] == pytest.approx(np.std([0.8, 0, 0.4]) / 3**0.5, rel=0.15)
     assert not [note for note in notes if "spearman" in note.metric]
+    partial = {n.metric: n.detail for n in scalars.notes if n.code == "too_few_examples"}
+    assert partial == dict.fromkeys(
+        ("autointerp.auc_mean", "autointerp.detection_balacc"),
+        "over 2 of 3 latents: undefined for the others (see the table)",
+    )
+
+
+def test_a_mean_of_a_few_neurons_says_how_few():
+    scores = [{"spearman": rho, "auc": 0.9, "detection_balacc": None} for rho in (0.5, None, 0.1)]
+    scores[1]["detection_balacc"] = 0.8
+    scalars = aggregate([], [], np.zeros(0), n_bootstrap=0, seed=0)[0]
+    ci, _ = aggregate_neurons(scalars, scores, n_bootstrap=50, seed=0)
+    assert scalars.values["detection_balacc_neurons"] == 0.8
+    assert scalars.values["spearman_mean_neurons"] == pytest.approx(0.2)
+    assert ci["autointerp.spearman_mean_neurons"]["n"] == 3
+    (note,) = [n for n in scalars.notes if n.code == "too_few_examples"]
+    assert note.metric == "autointerp.detection_balacc_neurons"
+    assert note.detail.startswith("over 1 of 3 neurons: ")
 
 
 def test_explanations_go_to_other_latents():
