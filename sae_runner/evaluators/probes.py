@@ -263,12 +263,21 @@ class Probes(Evaluator):
         return answers(of_train, median), answers(of_test, median)
 
     def _texts(self, ids: npt.NDArray[np.int64]) -> dict[int, str]:
-        """Texts by id; those of packed tokens are put together from their pieces."""
+        """Texts by id; those of packed tokens are put together from their pieces.
+
+        A space stands for each token that is no text: where a row or a document begins.
+        """
         assert self.context.dataset is not None and self.context.model is not None
         dataset = self.context.dataset()
         found = {e.id: e.value for e in dataset.load(ids) if isinstance(e, Example)}
         if dataset.modality == "tokens":
             model = self.context.model()
             assert isinstance(model, ReadsTokens)
-            found = {i: "".join(model.pieces(tokens.tolist())) for i, tokens in found.items()}
+            special = model.token_rows([tokens.tolist() for tokens in found.values()]).special
+            for row, (i, tokens) in enumerate(found.items()):
+                pieces = model.pieces(tokens.tolist())
+                if special is not None:
+                    bare = special[row, : len(pieces)].tolist()
+                    pieces = [" " if s else p for s, p in zip(bare, pieces, strict=True)]
+                found[i] = "".join(pieces)
         return found

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from codes_fixtures import bare
 from evaluators.conftest import Given, assert_publishable
+from gram_host import BOS, Grams
 from scipy import sparse
 from sklearn.metrics import accuracy_score
 
@@ -561,3 +563,21 @@ def test_bad_options_are_refused(options, message):
 
 def test_the_yaml_has_every_option():
     assert EVALUATORS.build(preset("evaluators", "probes")["probes"] | SIZES).ridge == 1e-4
+
+
+def test_a_packed_text_begins_with_its_first_word():
+    class Packed(Labelled):
+        def load(self, ids):
+            return [Example(int(i), torch.tensor([BOS, 3, int(i), BOS, 5])) for i in ids]
+
+    class Words(Grams):
+        def pieces(self, tokens):
+            return ["<|end|>" if t == BOS else ["", "", "", "The", "n", "it"][t] for t in tokens]
+
+    evaluator = EVALUATORS.build(CFG)
+    dataset, host = Packed("tokens", None), bare(Words)
+    evaluator.start(replace(context(dataset, {}), model=lambda: host))
+    texts = evaluator._texts(np.array([4, 1]))
+    assert texts == {4: " Then it", 1: " The it"}
+    found = answers([texts[4], texts[1]], 2.0)
+    assert found["first_word_determiner"].tolist() == [False, True]
