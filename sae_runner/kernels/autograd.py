@@ -8,7 +8,7 @@ takes them row by row, else they become the usual dense gradient.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -116,20 +116,35 @@ def _summed_by_latent(by_latent: ByLatent, g: Tensor) -> Tensor:
     return sums.diff().to(g.dtype)
 
 
+class Reconstruction(NamedTuple):
+    """Rows as latents give them."""
+
+    x_hat: Float[Tensor, "n d"]
+    square: Float[Tensor, " n"]
+    """‖target − x̂‖² of each row."""
+    residual: Float[Tensor, "n d"]
+    """target − x̂; no gradient flows through it."""
+
+    @classmethod
+    def of(cls, target: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> "Reconstruction":
+        """Of an x̂ that was made in another way."""
+        residual = target - x_hat
+        return cls(x_hat, residual.square().sum(1), residual.detach())
+
+
 def reconstruct(
     values: Float[Tensor, " nnz"],
     W: Float[Tensor, "d_sae d"],
     base: Float[Tensor, " d"] | Float[Tensor, "n d"],
     target: Float[Tensor, "n d"],
     selection: Selection,
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
+) -> Reconstruction:
     """x̂_t = base + Σ_j f_tj W_j, and ‖target_t − x̂_t‖².
 
     One pass over the chosen rows of W gives x̂, the error and ⟨error, W_j⟩, which is what the
     gradient of the squared error by f_tj is made of.
     """
-    x_hat, square = _Reconstruction.apply(values, W, base, target, selection, tape_for(W))
-    return x_hat, square
+    return Reconstruction(*_Reconstruction.apply(values, W, base, target, selection, tape_for(W)))
 
 
 class _Reconstruction(torch.autograd.Function):
@@ -137,46 +152,56 @@ class _Reconstruction(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, W: Tensor, base: Tensor, target: Tensor, selection: Selection,
         tape: Tape | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         residual, products = ops_for(W).reconstruct(
             W, selection.offsets, selection.indices, values, (target - base).contiguous()
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(values, W, residual, products)
         ctx.selection, ctx.tape, ctx.base_dims = selection, tape, base.ndim
-        return target - residual, residual.square().sum(1)
+        ctx.mark_non_differentiable(residual)
+        # The norm reads the rows once, and writes no squares.
+        square = torch.linalg.vector_norm(residual, dim=1).square()
+        return target - residual, square, residual
 
     @staticmethod
-    def backward(ctx: Any, g_x_hat: Tensor | None, g_square: Tensor | None) -> Any:
+    def backward(ctx: Any, g_x_hat: Tensor | None, g_square: Tensor | None, _: object) -> Any:
         values, W, residual, products = ctx.saved_tensors
         selection: Selection = ctx.selection
         ops = ops_for(W)
         if g_square is None and g_x_hat is None:
-            return None, None, None, None, None, None
-        g = g_x_hat
-        if g_square is not None:
-            by_square = residual * (-2 * g_square).unsqueeze(1)
-            g = by_square if g_x_hat is None else by_square + g_x_hat
-        assert g is not None
-        g = g.contiguous()
-        g_values = g_W = g_base = None
+            return None, None, None, None, None, None, None
+        # The gradient of x̂ is `scale` times `rows`: by the squared error the residual, as it is.
+        if g_x_hat is None:
+            assert g_square is not None
+            rows, scale = residual, -2 * g_square
+        else:
+            rows, scale = g_x_hat, None
+            if g_square is not None:
+                rows = torch.addcmul(rows, residual, g_square.unsqueeze(1), value=-2)
+        rows, coefs = rows.contiguous(), values.detach()
+        of_entries = None
+        if scale is not None:
+            of_entries = torch.repeat_interleave(  # Of a size that no device is asked for.
+                scale, selection.offsets.diff(), output_size=len(products)
+            )
+            coefs = coefs * of_entries
+        g_values = g_W = g_base = g_target = None
         if ctx.needs_input_grad[0]:
-            if g_square is not None and g_x_hat is None:
-                of_rows = torch.repeat_interleave(  # Of a size that no device is asked for.
-                    -2 * g_square, selection.offsets.diff(), output_size=len(products)
-                )
-                g_values = products * of_rows
+            if of_entries is not None:
+                g_values = products * of_entries
             else:
-                g_values = ops.products(g, W, selection.offsets, selection.indices)
+                g_values = ops.products(rows, W, selection.offsets, selection.indices)
         if ctx.needs_input_grad[1]:
-            factor = Factor(selection.by_latent(ops), values.detach(), g)
-            g_W = _gradient(ctx.tape, W, factor, ops)
+            g_W = _gradient(ctx.tape, W, Factor(selection.by_latent(ops), coefs, rows), ops)
         if ctx.needs_input_grad[2]:
-            g_base = g.sum(0) if ctx.base_dims == 1 else g
-        g_target = None
+            if ctx.base_dims == 1:
+                g_base = rows.sum(0) if scale is None else scale @ rows
+            else:
+                g_base = rows if scale is None else rows * scale.unsqueeze(1)
         if ctx.needs_input_grad[3] and g_square is not None:
             g_target = residual * (2 * g_square).unsqueeze(1)
-        return g_values, g_W, g_base, g_target, None, None
+        return g_values, g_W, g_base, g_target, None, None, None
 
 
 def per_latent(vector: Float[Tensor, " d_sae"], selection: Selection) -> Float[Tensor, " nnz"]:

@@ -514,8 +514,9 @@ void gradient_norm2(const Factor* factors, int64_t n_factors, const float* W, in
 
 // Memory is read in order, yet the processor's own prefetcher stops at each page, which is a row or
 // two: asking for the next row while this one is at work takes 20% less time.
-void adam(float* W, float* exp_avg, float* exp_avg_sq, uint16_t* shadow, const Factor* factors,
-          int64_t n_factors, int64_t S, int64_t d, Step s, int64_t unit, int64_t threads) {
+void adam(float* W, float* exp_avg, float* exp_avg_sq, uint16_t* shadow, int64_t shadow_stride,
+          const Factor* factors, int64_t n_factors, int64_t S, int64_t d, Step s, int64_t unit,
+          int64_t threads) {
   constexpr int64_t COLUMNS = 64;
   const Gradient gradient(factors, n_factors, S, d, threads);
   in_parallel(S, LATENTS, threads, [&](int64_t begin, int64_t end) {
@@ -545,7 +546,7 @@ void adam(float* W, float* exp_avg, float* exp_avg_sq, uint16_t* shadow, const F
       }
       if (shadow) {
 #pragma omp simd
-        for (int64_t c = 0; c < d; ++c) shadow[j * d + c] = bf16(w[c]);
+        for (int64_t c = 0; c < d; ++c) shadow[j * shadow_stride + c] = bf16(w[c]);
       }
     }
   });

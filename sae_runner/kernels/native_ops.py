@@ -176,12 +176,16 @@ def adam_(
     for name, tensor in zip(("W", "exp_avg", "exp_avg_sq"), written, strict=True):
         _check(name, tensor, torch.float32, (d_sae, d))
     if shadow is not None:
-        _check("shadow", shadow, torch.bfloat16, (d_sae, d))
+        _check("a row of shadow", shadow[0], torch.bfloat16, (d,))
+        if len(shadow) != d_sae:
+            raise ValueError(f"shadow has {len(shadow)} rows for {d_sae} of W")
         written.append(shadow)
     root = (1 - beta2**step) ** 0.5
     size = lr * root / (1 - beta1**step)
     numbers = _Step(float(scale), 1 - beta1, beta2, 1 - beta2, size, eps * root)
-    _call("adam", W, exp_avg, exp_avg_sq, shadow, array, len(factors), d_sae, d, numbers, int(unit))
+    stride = 0 if shadow is None else shadow.stride(0)
+    _call("adam", W, exp_avg, exp_avg_sq, shadow, stride, array, len(factors), d_sae, d, numbers,
+          int(unit))  # fmt: skip
     torch.autograd.graph.increment_version(written)
 
 

@@ -41,7 +41,7 @@ class PreActs(ABC):
         W_dec: Float[Tensor, "d_sae d_out"],
         b_dec: Float[Tensor, " d_out"],
         target: Float[Tensor, "n d_out"],
-    ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, " n"]]:
+    ) -> autograd.Reconstruction:
         """x̂ = f W_dec + b_dec, and the squared error of each row."""
 
     @abstractmethod
@@ -71,10 +71,9 @@ class All(PreActs):
         W_dec: Float[Tensor, "d_sae d_out"],
         b_dec: Float[Tensor, " d_out"],
         target: Float[Tensor, "n d_out"],
-    ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, " n"]]:
+    ) -> autograd.Reconstruction:
         """See `PreActs.reconstruct`."""
-        x_hat = acts @ W_dec + b_dec
-        return x_hat, (target - x_hat).square().sum(1)
+        return autograd.Reconstruction.of(target, acts @ W_dec + b_dec)
 
     def fired(self, acts: Float[Tensor, "n d_sae"]) -> Int64[Tensor, " d_sae"]:
         """See `PreActs.fired`."""
@@ -103,7 +102,7 @@ class Few(PreActs):
         W_dec: Float[Tensor, "d_sae d_out"],
         b_dec: Float[Tensor, " d_out"],
         target: Float[Tensor, "n d_out"],
-    ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, " n"]]:
+    ) -> autograd.Reconstruction:
         """See `PreActs.reconstruct`."""
         return autograd.reconstruct(acts, W_dec, b_dec, target, self.latents.selection)
 

@@ -134,7 +134,7 @@ class Weights(nn.Module):
         if self.input_scaling == "whitening":
             with torch.autocast(x.device.type, enabled=False):  # Half precision would blur x.
                 return (x - self.input_mean) @ self.whitening
-        return x * self.input_scale
+        return x if self.input_scaling == "none" else x * self.input_scale
 
     def unscaled(
         self, x_hat: Float[Tensor, "n d_out"], x: Float[Tensor, "n width"] | None = None
@@ -147,7 +147,7 @@ class Weights(nn.Module):
             return x_hat * rows.deviation + rows.mean
         if self.input_scaling == "whitening":
             return x_hat @ self.unwhitening + self.input_mean
-        return x_hat / self.input_scale
+        return x_hat if self.input_scaling == "none" else x_hat / self.input_scale
 
     def input_of(self, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n d_in"]:
         """What it encodes of a store's rows: all, but for a transcoder."""

@@ -149,7 +149,7 @@ class SAE(Weights):
 
     def reconstruct(
         self, latents: Latents, target: Float[Tensor, "n d_out"], base: Tensor
-    ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, " n"]]:
+    ) -> autograd.Reconstruction:
         """x̂ = base + f W_dec, and the squared error of each row, both with their gradient."""
         return autograd.reconstruct(latents.values, self.W_dec, base, target, latents.selection)
 
@@ -220,25 +220,20 @@ class SAE(Weights):
         self,
         x: Float[Tensor, "n width"],
         scaled: Float[Tensor, "n d_out"],
-        x_hat: Float[Tensor, "n d_out"],
+        found: autograd.Reconstruction,
         fired: Int64[Tensor, " d_sae"],
-        square: Float[Tensor, " n"] | None = None,
         **terms: tuple[float, Tensor],
     ) -> Loss:
-        """The squared error of `x_hat` (scaled) plus `coefficient · value` of each further term.
-
-        `square` is that of each row, with a gradient of its own, where it is known.
-        """
-        residual = scaled - x_hat
-        name, error = self.error(residual.square().sum(1) if square is None else square, scaled)
+        """The squared error of what is found (scaled) plus `coefficient · value` of each term."""
+        name, error = self.error(found.square, scaled)
         parts, total, rest = {name: error.detach()}, error, error.new_zeros(())
         for term, (coefficient, value) in terms.items():
             weighted = coefficient * value
             total, rest = total + weighted, rest + weighted
             parts[term] = value.detach()
         l0 = fired.sum() / max(len(x), 1)
-        x_hat = self.unscaled(x_hat, x)
-        return Loss(total, parts, x_hat, fired, l0, residual.detach(), x, error, rest)
+        x_hat = self.unscaled(found.x_hat, x)
+        return Loss(total, parts, x_hat, fired, l0, found.residual, x, error, rest)
 
     def initialise(self, stats: ActivationStats, generator: torch.Generator) -> None:
         """Set scales from `stats`, and draw the weights on the generator's device.

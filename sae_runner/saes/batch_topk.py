@@ -81,8 +81,8 @@ class BatchTopK(SAE):
         self, x: Float[Tensor, "n d_in"], scaled: Float[Tensor, "n d_in"], latents: Latents
     ) -> Loss:
         """The loss of a batch, given the latents that were selected."""
-        x_hat, square = self.reconstruct(latents, scaled, self.b_dec)
-        return self.loss_of(x, scaled, x_hat, latents.fired, square)
+        found = self.reconstruct(latents, scaled, self.b_dec)
+        return self.loss_of(x, scaled, found, latents.fired)
 
     def settle(self, progress: float) -> None:
         """See `SAE.settle`."""

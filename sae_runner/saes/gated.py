@@ -59,14 +59,14 @@ class Gated(SAE):
         scaled = self.scaled(x)
         gate = self.above(scaled, torch.zeros_like(self.b_enc))
         acts, opened = self.gated(gate), gate.z.relu()
-        x_hat, square = gate.reconstruct(acts, self.W_dec, self.b_dec, scaled)
+        found = gate.reconstruct(acts, self.W_dec, self.b_dec, scaled)
         frozen = self.W_dec.detach()
-        by_gate = gate.reconstruct(opened, frozen, self.b_dec.detach(), scaled)[1]
+        by_gate = gate.reconstruct(opened, frozen, self.b_dec.detach(), scaled).square
         free = self.decoder_norm == "free"
         weights = frozen.norm(dim=1) if free else torch.ones_like(self.b_enc)
         l1 = gate.weighted_sum(opened, weights) / len(x)
         return self.loss_of(
-            x, scaled, x_hat, gate.fired(acts), square,
+            x, scaled, found, gate.fired(acts),
             l1=(self.l1_coefficient * state.penalty, l1),
             gate_error=(1.0, self.error(by_gate, scaled)[1]),
         )  # fmt: skip

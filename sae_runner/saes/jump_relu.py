@@ -107,10 +107,10 @@ class JumpReLU(SAE):
         scaled = self.scaled(x)
         pre_acts = self.above(scaled, self.floor())
         acts = self.activate(pre_acts)
-        x_hat, square = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
+        found = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
         term = (self.l0_coefficient * state.penalty, self.sparsity(pre_acts, acts))
         terms = {f"{self.penalty}_penalty": term}
-        return self.loss_of(x, scaled, x_hat, pre_acts.fired(acts), square, **terms)
+        return self.loss_of(x, scaled, found, pre_acts.fired(acts), **terms)
 
     def sparsity(self, pre_acts: PreActs, acts: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """The penalty without its coefficient."""

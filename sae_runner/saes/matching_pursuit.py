@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sae_runner.config import NonNegativeFloat, Positive
 from sae_runner.errors import ConfigError
+from sae_runner.kernels.autograd import Reconstruction
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE, Common, Latents, Loss, TrainState
 from sae_runner.saes.topk import chosen_k
@@ -149,7 +150,8 @@ class MatchingPursuit(SAE):
         scaled = self.scaled(x)
         found = self.pursue(scaled)
         fired = torch.bincount(self.merged(found).indices, minlength=self.d_sae)
-        return self.loss_of(x, scaled, scaled - found.residual, fired)
+        rebuilt = Reconstruction.of(scaled, scaled - found.residual)
+        return self.loss_of(x, scaled, rebuilt, fired)
 
     @torch.no_grad()
     def reset_latents(

@@ -59,17 +59,18 @@ class Matryoshka(BatchTopK):
         The residual, which AuxK predicts, is that of all latents.
         """
         rows, terms = latents.rows, {}
-        x_hat: Tensor = self.b_dec
+        base: Tensor = self.b_dec
         for start, stop in itertools.pairwise([0, *self.widths]):
             own = (latents.indices >= start) & (latents.indices < stop)
             added = Latents.from_entries(
                 rows[own], latents.indices[own], latents.values[own], len(x), self.d_sae
             )
-            x_hat, square = self.reconstruct(added, scaled, x_hat)
+            found = self.reconstruct(added, scaled, base)
+            base = found.x_hat
             if stop < self.d_sae:
-                terms[f"first_{stop}"] = (1.0, self.error(square, scaled)[1])
+                terms[f"first_{stop}"] = (1.0, self.error(found.square, scaled)[1])
         fired = torch.bincount(latents.indices, minlength=self.d_sae)
-        loss = self.loss_of(x, scaled, x_hat, fired, square, **terms)
+        loss = self.loss_of(x, scaled, found, fired, **terms)
         share = 1 / len(self.widths) if self.group_reduction == "mean" else 1.0
         return loss._replace(total=share * loss.total)
 

@@ -111,7 +111,7 @@ class PAnneal(SAE):
         scaled = self.scaled(x)
         pre_acts = self.above(scaled, torch.zeros_like(self.b_enc))
         acts = pre_acts.z.relu()
-        x_hat, square = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
+        found = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
         lengths = acts  # Where decoder norms are free, what a latent adds to x̂ is as long.
         if self.decoder_norm == "free":
             lengths = acts * pre_acts.per_latent(self.W_dec.norm(dim=1))
@@ -127,12 +127,11 @@ class PAnneal(SAE):
         loss = self.loss_of(
             x,
             scaled,
-            x_hat,
+            found,
             pre_acts.fired(acts),
-            square,
             sparsity=(coefficient, self.p_scale * power_sum),
         )
-        return loss._replace(parts={**loss.parts, "p": x_hat.new_tensor(p)})
+        return loss._replace(parts={**loss.parts, "p": scaled.new_tensor(p)})
 
     @torch.no_grad()
     def _take_up(self, index: int) -> None:

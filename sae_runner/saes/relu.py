@@ -40,11 +40,11 @@ class ReLU(SAE):
         scaled = self.scaled(x)
         pre_acts = self.above(scaled, torch.zeros_like(self.b_enc))
         acts = pre_acts.z.relu()
-        x_hat, square = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
+        found = pre_acts.reconstruct(acts, self.W_dec, self.b_dec, scaled)
         l1 = pre_acts.weighted_sum(acts, self.W_dec.norm(dim=1)) / len(x)
         coefficient = self.l1_coefficient * state.penalty
         fired = pre_acts.fired(acts)
-        return self.loss_of(x, scaled, x_hat, fired, square, l1=(coefficient, l1))
+        return self.loss_of(x, scaled, found, fired, l1=(coefficient, l1))
 
     @torch.no_grad()
     def fold(self) -> Weights:

@@ -120,13 +120,14 @@ class TopK(SAE):
 
     def loss(self, x: Float[Tensor, "n width"], state: TrainState) -> Loss:
         """The reduced squared error on scaled activations, plus that with 4 k latents."""
-        scaled, target = self.scaled(self.input_of(x)), self.scaled_target(x)
+        scaled = self.scaled(self.input_of(x))
+        target = self.target_for(x, scaled)
         k = round(annealed(self.k, self.k_start, self.k_anneal, state.progress))
         base, terms = self.base_of(scaled), {}
         if self.multi_topk > 0:
             pre_acts, indices = self.select(scaled, min(4 * k, self.d_sae))
             more = self.chosen(scaled, pre_acts, indices)
-            error = self.error(self.reconstruct(more, target, base)[1], target)[1]
+            error = self.error(self.reconstruct(more, target, base).square, target)[1]
             terms["multi_topk"] = (self.multi_topk, error)
             size = pre_acts.abs() if self.selection == "abstopk" else pre_acts
             best = size.topk(k, dim=1, sorted=False).indices
@@ -134,17 +135,19 @@ class TopK(SAE):
         else:
             pre_acts, indices = self.select(scaled, k)
         latents = self.chosen(scaled, pre_acts, indices)
-        x_hat, square = self.reconstruct(latents, target, base)
-        return self.loss_of(x, target, x_hat, latents.fired, square, **terms)
+        found = self.reconstruct(latents, target, base)
+        return self.loss_of(x, target, found, latents.fired, **terms)
 
     def settle(self, progress: float) -> None:
         """See `SAE.settle`."""
         self.k = round(annealed(self.k, self.k_start, self.k_anneal, progress))
         self.options = with_k(self.options, self.k)
 
-    def scaled_target(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n d_out"]:
-        """What a reconstruction is compared with."""
-        return self.scaled(x)
+    def target_for(
+        self, x: Float[Tensor, "n width"], scaled: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """What the reconstruction of scaled rows of x is compared with."""
+        return scaled
 
     def base_of(self, scaled: Float[Tensor, "n d_in"]) -> Tensor:
         """What is predicted of scaled rows when no latent fires."""

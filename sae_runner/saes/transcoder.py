@@ -88,8 +88,14 @@ class Transcoder(TopK):
         """See `SAE.target_of`."""
         return rows[:, self.d_in :]
 
+    def target_for(
+        self, x: Float[Tensor, "n width"], scaled: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """See `TopK.target_for`."""
+        return self.scaled_target(x)
+
     def scaled_target(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n d_out"]:
-        """See `TopK.scaled_target`."""
+        """The target y as the loss sees it."""
         return self.target_of(x).to(self.b_dec.dtype) * self.target_scale
 
     def unscaled(self, x_hat: Tensor, x: Tensor | None = None) -> Tensor:

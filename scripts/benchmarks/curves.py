@@ -21,6 +21,7 @@ from benchmarks.results import Ratio, Result, native_level
 from benchmarks.trainers import trainer_on
 from sae_runner.commands.cache import ensure_store
 from sae_runner.config import construct
+from sae_runner.kernels.autograd import Reconstruction
 from sae_runner.kernels.choice import Kernels, using
 from sae_runner.report.style import COLOURS, house_style, new_figure, save
 from sae_runner.saes.base import SAE, Loss, TrainState
@@ -35,10 +36,9 @@ class DenseTopK(TopK):
 
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
         """See `TopK.loss`."""
-        acts = self.encode(x)
-        return self.loss_of(
-            x, self.scaled(x), self.decode_scaled(acts), acts.detach().count_nonzero(0)
-        )
+        acts, scaled = self.encode(x), self.scaled(x)
+        found = Reconstruction.of(scaled, self.decode_scaled(acts))
+        return self.loss_of(x, scaled, found, acts.detach().count_nonzero(0))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

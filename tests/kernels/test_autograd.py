@@ -72,9 +72,11 @@ def test_reconstructions_and_their_errors_are_the_dense_ones(drawn, of, base_of_
     acts = torch.zeros(N, S, dtype=torch.float64).index_put((rows, indices), values)
     dense = acts @ W + base
     dense_square = (target - dense).square().sum(1)
-    x_hat, square = reconstruct(values, W, base, target, selection)
+    x_hat, square, residual = reconstruct(values, W, base, target, selection)
     torch.testing.assert_close(x_hat, dense, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(square, dense_square, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(residual, target - dense.detach(), rtol=1e-13, atol=1e-13)
+    assert not residual.requires_grad
     weight, weights = normal(N), normal(N, D)
     if of == "x_hat":
         assert_same_gradients(x_hat, dense, [values, W, base], weights)
@@ -101,11 +103,11 @@ def test_a_tape_keeps_factors_of_leaves_and_lets_others_through(drawn):
     W, made_of = normal(S, D).requires_grad_(), normal(S, D).requires_grad_()
     values, target = normal(len(indices)), normal(N, D)
     base = torch.zeros(D, dtype=torch.float64)
-    reconstruct(values, W, base, target, selection)[1].sum().backward()
+    reconstruct(values, W, base, target, selection).square.sum().backward()
     expected, W.grad = W.grad, None
     with taped() as tape:
-        loss = reconstruct(values, W, base, target, selection)[1].sum()
-        loss = loss + reconstruct(values, 2 * made_of, base, target, selection)[1].sum()
+        loss = reconstruct(values, W, base, target, selection).square.sum()
+        loss = loss + reconstruct(values, 2 * made_of, base, target, selection).square.sum()
     loss.backward()  # Where it was computed counts, not where it is gone back through.
     assert W.grad is None and list(tape.factors) == [W]
     (factor,) = tape.factors[W]
