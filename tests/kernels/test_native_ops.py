@@ -242,7 +242,9 @@ def test_adam_is_pytorchs(ops, shape, unit, shadow):
     expected = torch.nn.Parameter(case.W.double())
     optimizer = torch.optim.Adam([expected], betas=(0.8, 0.95), **numbers)
     W, m, v = case.W.clone(), torch.zeros_like(case.W), torch.zeros_like(case.W)
-    copy = torch.zeros_like(W, dtype=torch.bfloat16) if shadow else None
+    # With something of another's beside each row.
+    wide = torch.full((len(W), W.shape[1] + 3), 7.0, dtype=torch.bfloat16)
+    copy = wide[:, :-3] if shadow else None
     for step in range(1, 6):
         now = Case(*shape, seed=step)
         factors, gradient = parts(ops, now)
@@ -264,7 +266,7 @@ def test_adam_is_pytorchs(ops, shape, unit, shadow):
     close(m, state["exp_avg"].numpy(), rtol=2e-5)
     close(v, state["exp_avg_sq"].numpy(), rtol=2e-5)
     if copy is not None:
-        assert torch.equal(copy, W.bfloat16())
+        assert torch.equal(copy, W.bfloat16()) and (wide[:, -3:] == 7).all()
 
 
 def adam(ops, W, m, v, factors, step=1, scale=1.0, unit=False, shadow=None) -> None:

@@ -101,5 +101,8 @@ def test_a_shadow_is_used_while_it_is_that_of_the_weights(problem):
     selector.shadow_written(W)
     expected = Selector("bf16").top(x, other, b, 3)[1]
     assert selector.top(x, W, b, 3)[1].equal(expected)
+    # The bias lies beside it, and is no part of what it is a copy of.
+    expected = Selector("bf16").top(x, other, b.flip(0), 3)[1]
+    assert selector.top(x, W, b.flip(0), 3)[1].equal(expected)
     W.mul_(2)  # Now it is not.
     assert selector.top(x, W, b, 3)[1].equal(Selector("bf16").top(x, W, b, 3)[1])
