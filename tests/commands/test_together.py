@@ -76,7 +76,8 @@ def test_batches_are_read_once(in_process, small, monkeypatch):
     small = [word for word in small if not word.startswith("evaluators")] + ["evaluators=[]"]
     assert in_process(*SWEEP, *small) == 0
     assert len(read) == 1
-    assert in_process(*SWEEP, *small, "seed=1,2", "store.seed=3,4") == 0
+    few = ["train", "-m", "sae=topk", SWEEP[-1]]
+    assert in_process(*few, *small, "seed=1,2", "store.seed=3,4") == 0
     assert len(read) == 3  # Two orders of the data are two streams.
 
 

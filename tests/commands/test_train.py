@@ -169,7 +169,7 @@ def rows(scale: float, seed: int) -> torch.Tensor:
 
 
 def initialised(kind: str, x: torch.Tensor, **options: Any) -> SAE:
-    cfg = preset("sae", kind) | {"d_sae": 10, "expansion": None}
+    cfg = preset("sae", kind) | {"d_sae": 10, "expansion": None, "units": None}
     cfg.update({key: value for key, value in {"k": 3, **options}.items() if key in cfg})
     sae: SAE = SAES.build(cfg, d_in=6)
     norms = x.norm(dim=1)
