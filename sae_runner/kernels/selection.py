@@ -20,8 +20,9 @@ from sae_runner.kernels.choice import ops_for
 Precision = Literal["fp32", "screened", "bf16"]
 SCREEN_ERROR = 4 * 2.0**-9
 """What a threshold is lowered by, in units of the rounding of a sum: see `screen_error`."""
-CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 2**29}
-"""What a chunk of scores may take: on a CPU it should stay in cache until it is searched."""
+CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 2**29}
+"""What a chunk of scores may take. On a CPU it should stay in the last cache until it is searched.
+After each its threads wait for each other: long, where another process has one of the cores."""
 BESIDE = 32
 """On a CPU, columns of W's bfloat16 copy after its own, a whole tile: the bias, which meets a one
 in each row, and zeros. A vector would be copied over each chunk of scores before the product is
