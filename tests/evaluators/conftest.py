@@ -29,7 +29,7 @@ class Given(SAE):
 
     def __init__(self, W_dec: Tensor, input_scale: float) -> None:
         common = {k: v for k, v in preset("sae", "topk").items() if k in Common.__annotations__}
-        common |= {"d_sae": len(W_dec), "expansion": None, "input_scaling": "none"}
+        common |= {"d_sae": len(W_dec), "expansion": None, "input_scaling": "sqrt_d"}
         super().__init__(W_dec.shape[1], options={}, **common)
         self.W_dec.data, self.W_enc_rows.data = W_dec.clone(), W_dec.clone()
         self.input_scale.fill_(input_scale)
