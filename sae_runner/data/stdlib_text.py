@@ -1,6 +1,7 @@
 """Docstrings of Python's standard library: English text that every installation carries."""
 
 import ast
+import functools
 import hashlib
 import sysconfig
 import warnings
@@ -49,7 +50,7 @@ class StdlibText(Dataset):
         n_heldout: Positive | None,
         seed: NonNegative,
     ) -> None:
-        self.texts = gather(Path(sysconfig.get_path("stdlib")), document)
+        self.texts = of_this_python(document)
         self.heldout, self.seed = heldout, seed
         self.limits: dict[Split, int | None] = {"train": n_examples, "heldout": n_heldout}
 
@@ -65,6 +66,12 @@ class StdlibText(Dataset):
     def fingerprint(self) -> str:
         """See `Dataset.fingerprint`."""
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
+
+
+@functools.cache
+def of_this_python(document: Literal["module", "docstring"]) -> list[str]:
+    """The documents of the library that runs this; a sweep asks for them for each of its jobs."""
+    return gather(Path(sysconfig.get_path("stdlib")), document)
 
 
 def gather(library: Path, document: Literal["module", "docstring"]) -> list[str]:
