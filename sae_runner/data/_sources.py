@@ -13,6 +13,7 @@ from typing import Any
 
 from sae_runner.errors import DataError, did_you_mean, nearest
 
+log = logging.getLogger("sae_runner")
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _HASHED_WHOLE = 2**28  # bytes; of more than that only samples are read
 _BLOCK = 2**20
@@ -100,6 +101,12 @@ def open_source(
 def without_splits(identity: Mapping[str, Any]) -> bool:
     """Whether this is of files or of one saved table, which are all of what there is."""
     return "files" in identity and identity.get("split") is None
+
+
+def say_without_splits(heldout_split: str | None) -> None:
+    """Say so if a split was to be held out of what has none."""
+    if heldout_split is not None:
+        log.info("dataset.path is a file without splits: a share of it is held out")
 
 
 def refuse_same(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> None:

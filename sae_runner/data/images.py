@@ -17,6 +17,7 @@ from sae_runner.data._sources import (
     fingerprint_of,
     open_source,
     refuse_same,
+    say_without_splits,
     without_splits,
 )
 from sae_runner.data._streams import Stream, features_of, refuse_short_stream
@@ -86,8 +87,7 @@ class Images(Dataset):
         hub: dict[str, Any] = {"subset": subset, "revision": revision, "streaming": streaming}
         self.sources = [open_source(path, split, **hub)]
         if heldout_path is None and without_splits(self.sources[0].identity):
-            if heldout_split is not None:
-                log.info("dataset.path is a file without splits: a share of it is held out")
+            say_without_splits(heldout_split)
             heldout_split = None
         if heldout_path is not None or heldout_split is not None:
             self._refuse_second_source()

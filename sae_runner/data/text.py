@@ -9,7 +9,13 @@ import numpy as np
 from sae_runner.config import NonNegative, Positive, ProperFraction
 from sae_runner.data import DATASETS
 from sae_runner.data._columns import require_columns
-from sae_runner.data._sources import OneSplit, fingerprint_of, refuse_same, without_splits
+from sae_runner.data._sources import (
+    OneSplit,
+    fingerprint_of,
+    refuse_same,
+    say_without_splits,
+    without_splits,
+)
 from sae_runner.data._streams import refuse_short_stream
 from sae_runner.data._text_files import TextFiles
 from sae_runner.data._text_records import (
@@ -95,12 +101,12 @@ class Text(Dataset):
         self.limits: dict[Split, int | None] = {"train": n_examples, "heldout": n_heldout}
         options = {"subset": subset, "revision": revision, "streaming": streaming}
         if heldout_path is None and is_plain(path):
-            _say_no_split(heldout_split)
+            say_without_splits(heldout_split)
             heldout_split = None
         self._check_options(bool(heldout_path or heldout_split), document_separator)
         self.records = [open_records(path, split, columns, "path", options)]
         if heldout_path is None and without_splits(self.records[0].identity):
-            _say_no_split(heldout_split)
+            say_without_splits(heldout_split)
             heldout_split = None
         if isinstance(first := self.records[0], Table) and streaming:
             refuse_short_stream(path, first.table, (n_examples or 0) + (n_heldout or 0))
@@ -257,9 +263,3 @@ class Text(Dataset):
             "path": self.path, "kind": self.kind, "text_column": self.text_column,
             "label_column": self.label_column,
         }  # fmt: skip
-
-
-def _say_no_split(heldout_split: str | None) -> None:
-    """Say so if a split was to be held out of what has none."""
-    if heldout_split is not None:
-        log.info("dataset.path is a file without splits: a share of it is held out")
