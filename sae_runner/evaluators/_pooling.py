@@ -65,7 +65,7 @@ class _Part(NamedTuple):
         )  # fmt: skip
 
 
-class PreActs:
+class PooledPreActs:
     """Pre-activations of examples, pooled as their rows come; a few rows are dense at a time."""
 
     def __init__(self, sae: SAE, how: Pool, n_examples: int) -> None:
@@ -122,7 +122,7 @@ class PreActs:
         return found
 
 
-def pooled(batches: Iterable[Rows], how: Pool, pre: PreActs | None = None) -> Pooled:
+def pooled(batches: Iterable[Rows], how: Pool, pre: PooledPreActs | None = None) -> Pooled:
     """Pool the rows of whole examples.
 
     Args:

@@ -40,7 +40,7 @@ from sae_runner.errors import ConfigError, DataError
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators._bootstrap import checked_resamples
 from sae_runner.evaluators._numbers import Scalars
-from sae_runner.evaluators._pooling import Pool, Pooled, PreActs, pooled
+from sae_runner.evaluators._pooling import Pool, Pooled, PooledPreActs, pooled
 from sae_runner.evaluators._probe_findings import findings_of
 from sae_runner.evaluators._probe_task import Measured, Options, measure_task
 from sae_runner.evaluators._task_files import check_files, family_of, names_of_tasks, opened
@@ -215,7 +215,7 @@ class Probes(Evaluator):
 
     def _pooled(self, batches: Iterable[Rows], n: int) -> Pooled:
         """Examples, n of them at most."""
-        pre = PreActs(self.context.sae, self.pool, n) if self.latent == "pre" else None
+        pre = PooledPreActs(self.context.sae, self.pool, n) if self.latent == "pre" else None
         return pooled(batches, self.pool, pre)
 
     # -- Tasks -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 
 from sae_runner.config import preset
 from sae_runner.errors import DataError
-from sae_runner.evaluators._pooling import PreActs, pooled
+from sae_runner.evaluators._pooling import PooledPreActs, pooled
 from sae_runner.evaluators.base import Rows
 from sae_runner.saes import SAES
 from sae_runner.saes import base as saes_base
@@ -88,7 +88,7 @@ def test_pooled_pre_activations_are_those_of_numpy(how, size, monkeypatch):
     z = (0.5 * x - centre) @ w + b
     order = np.random.default_rng(1).permutation(15)
     rows = batches(f, x, ids, position, size=size, order=order)
-    found = pooled(rows, how, PreActs(sae, how, 9))
+    found = pooled(rows, how, PooledPreActs(sae, how, 9))
     assert found.latents.dtype == np.float32 and found.latents.shape == (5, D_SAE)
     assert (found.latents < 0).any()
     for row, example in enumerate(found.ids):
@@ -101,7 +101,7 @@ def test_pre_activations_are_of_what_a_transcoder_reads():
     f, x, ids, position = tokens()
     sae, read = sae_of(), torch.from_numpy(x.astype(np.float32))
     (rows,) = batches(f, x + 100, ids, position, size=15)
-    found = pooled([rows._replace(read=read)], "last", PreActs(sae, "last", 5))
+    found = pooled([rows._replace(read=read)], "last", PooledPreActs(sae, "last", 5))
     (alike,) = batches(f, x.astype(np.float32), ids, position, size=15)
-    wanted = pooled([alike], "last", PreActs(sae, "last", 5))
+    wanted = pooled([alike], "last", PooledPreActs(sae, "last", 5))
     np.testing.assert_array_equal(found.latents, wanted.latents)
