@@ -71,12 +71,14 @@ def selected_scores(
     centre: Float[Tensor, " d"] | None,
     selection: Selection,
     values: Float[Tensor, " nnz"],
+    centred: Float[Tensor, "n d"],
 ) -> Float[Tensor, " nnz"]:
     """z_tj = ⟨x_t − centre, W_j⟩ + b_j of selected entries, whose `values` are known.
 
-    Its gradient by W is a factor; that by `centre` is −Wᵀ (gradient by b), a matrix times a vector.
+    So is x − centre, as `centred`. The gradient by W is a factor; that by `centre` is −Wᵀ (gradient
+    by b), a matrix times a vector.
     """
-    found: Tensor = _Scores.apply(x, W, b, centre, selection, values, tape_for(W))
+    found: Tensor = _Scores.apply(x, W, b, centre, selection, values, centred, tape_for(W))
     return found
 
 
@@ -84,15 +86,15 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor, centre: Tensor | None, selection: Selection,
-        values: Tensor, tape: Tape | None,
+        values: Tensor, centred: Tensor, tape: Tape | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, W, centre)
+        ctx.save_for_backward(W, centred)
         ctx.selection, ctx.tape = selection, tape
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, W, centre = ctx.saved_tensors
+        W, centred = ctx.saved_tensors
         selection: Selection = ctx.selection
         ops, g = ops_for(W), g.contiguous()
         by_latent = selection.by_latent(ops)
@@ -100,20 +102,12 @@ class _Scores(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_x = ops.decode(W, selection.offsets, selection.indices, g)
         if ctx.needs_input_grad[1]:
-            rows = x if centre is None else x - centre
-            g_W = _gradient(ctx.tape, W, Factor(by_latent, g, rows), ops)
+            g_W = _gradient(ctx.tape, W, Factor(by_latent, g, centred), ops)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            g_b = _summed_by_latent(by_latent, g)
-        if ctx.needs_input_grad[3]:
-            g_centre = -(g_b @ W)
-        return g_x, g_W, g_b, g_centre, None, None, None
-
-
-def _summed_by_latent(by_latent: ByLatent, g: Tensor) -> Tensor:
-    """Σ of the entries of each latent, in an order that does not vary."""
-    ordered = g[by_latent.entries.long()].double().cumsum(0)
-    sums = torch.cat([ordered.new_zeros(1), ordered])[by_latent.starts]
-    return sums.diff().to(g.dtype)
+            g_b = ops.sums_by_latent(by_latent, g)
+            if ctx.needs_input_grad[3]:
+                g_centre = -ops.weighted_sum(W, g_b)
+        return g_x, g_W, g_b, g_centre, None, None, None, None
 
 
 class Reconstruction(NamedTuple):
@@ -138,23 +132,28 @@ def reconstruct(
     base: Float[Tensor, " d"] | Float[Tensor, "n d"],
     target: Float[Tensor, "n d"],
     selection: Selection,
+    wanted: Float[Tensor, "n d"] | None = None,
 ) -> Reconstruction:
     """x̂_t = base + Σ_j f_tj W_j, and ‖target_t − x̂_t‖².
 
     One pass over the chosen rows of W gives x̂, the error and ⟨error, W_j⟩, which is what the
-    gradient of the squared error by f_tj is made of.
+    gradient of the squared error by f_tj is made of. `wanted` is target − base, if it is there.
     """
-    return Reconstruction(*_Reconstruction.apply(values, W, base, target, selection, tape_for(W)))
+    if wanted is None:
+        wanted = target.detach() - base.detach()
+    return Reconstruction(
+        *_Reconstruction.apply(values, W, base, target, wanted, selection, tape_for(W))
+    )
 
 
 class _Reconstruction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, W: Tensor, base: Tensor, target: Tensor, selection: Selection,
-        tape: Tape | None,
+        ctx: Any, values: Tensor, W: Tensor, base: Tensor, target: Tensor, wanted: Tensor,
+        selection: Selection, tape: Tape | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         residual, products = ops_for(W).reconstruct(
-            W, selection.offsets, selection.indices, values, (target - base).contiguous()
+            W, selection.offsets, selection.indices, values, wanted.contiguous()
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(values, W, residual, products)
@@ -170,7 +169,7 @@ class _Reconstruction(torch.autograd.Function):
         selection: Selection = ctx.selection
         ops = ops_for(W)
         if g_square is None and g_x_hat is None:
-            return None, None, None, None, None, None, None
+            return None, None, None, None, None, None, None, None
         # The gradient of x̂ is `scale` times `rows`: by the squared error the residual, as it is.
         if g_x_hat is None:
             assert g_square is not None
@@ -196,12 +195,12 @@ class _Reconstruction(torch.autograd.Function):
             g_W = _gradient(ctx.tape, W, Factor(selection.by_latent(ops), coefs, rows), ops)
         if ctx.needs_input_grad[2]:
             if ctx.base_dims == 1:
-                g_base = rows.sum(0) if scale is None else scale @ rows
+                g_base = rows.sum(0) if scale is None else ops.weighted_sum(rows, scale)
             else:
                 g_base = rows if scale is None else rows * scale.unsqueeze(1)
         if ctx.needs_input_grad[3] and g_square is not None:
             g_target = residual * (2 * g_square).unsqueeze(1)
-        return g_values, g_W, g_base, g_target, None, None, None
+        return g_values, g_W, g_base, g_target, None, None, None, None
 
 
 def per_latent(vector: Float[Tensor, " d_sae"], selection: Selection) -> Float[Tensor, " nnz"]:
@@ -219,7 +218,8 @@ class _PerLatent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         selection: Selection = ctx.selection
-        return _summed_by_latent(selection.by_latent(ops_for(g)), g.contiguous()), None
+        ops = ops_for(g)
+        return ops.sums_by_latent(selection.by_latent(ops), g.contiguous()), None
 
 
 def rows_of(W: Float[Tensor, "d_sae d"], latents: Int64[Tensor, " m"]) -> Float[Tensor, "m d"]:

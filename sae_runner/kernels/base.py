@@ -89,6 +89,18 @@ class Ops(Protocol):
         """The same selection, read by latents."""
         ...
 
+    def sums_by_latent(
+        self, by_latent: ByLatent, values: Float[Tensor, " nnz"]
+    ) -> Float[Tensor, " d_sae"]:
+        """Σ of each latent's entries; the values come in the order of rows."""
+        ...
+
+    def weighted_sum(
+        self, W: Float[Tensor, "m d"], weights: Float[Tensor, " m"]
+    ) -> Float[Tensor, " d"]:
+        """Σ_j weights_j W_j."""
+        ...
+
     def weight_gradient(self, factor: Factor, d_sae: int) -> Float[Tensor, "d_sae d"]:
         """The gradient that a factor stands for."""
         ...

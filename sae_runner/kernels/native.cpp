@@ -486,6 +486,35 @@ void by_latent(const int64_t* offsets, const int32_t* indices, int64_t n, int64_
   });
 }
 
+void sums_by_latent(const int64_t* starts, const int32_t* entries, const float* values, int64_t S,
+                    float* out, int64_t threads) {
+  in_parallel(S, 1024, threads, [=](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      double sum = 0;
+      for (int64_t e = starts[j]; e < starts[j + 1]; ++e) sum += values[entries[e]];
+      out[j] = static_cast<float>(sum);
+    }
+  });
+}
+
+// In as many parts as never changes, so that the sum does not either. Of the weights most may be
+// zero: those of latents that no row of the batch has.
+void weighted_sum(const float* W, const float* weights, int64_t m, int64_t d, float* out,
+                  int64_t threads) {
+  constexpr int64_t PARTS = 64;
+  std::vector<float> sums(PARTS * d);
+  in_parallel(PARTS, 1, threads, [&](int64_t p, int64_t) {
+    std::vector<int64_t> some;
+    for (int64_t j = m * p / PARTS; j < m * (p + 1) / PARTS; ++j)
+      if (weights[j] != 0) some.push_back(j);
+    const auto weight = [&](int64_t e) { return weights[some[e]]; };
+    const auto row = [&](int64_t e) { return W + some[e] * d; };
+    add_rows(sums.data() + p * d, 0, some.size(), weight, row, d);
+  });
+  std::fill(out, out + d, 0.0f);
+  for (int64_t p = 0; p < PARTS; ++p) add_scaled(out, 1.0f, sums.data() + p * d, d);
+}
+
 void weight_gradient(const Factor* factor, int64_t S, int64_t d, float* out, int64_t threads) {
   const Gradient gradient(factor, 1, S, d, threads);
   in_parallel(S, LATENTS, threads, [&](int64_t begin, int64_t end) {

@@ -132,6 +132,31 @@ def by_latent(
     return ByLatent(starts, rows, entries)
 
 
+def sums_by_latent(
+    by_latent: ByLatent, values: Float32[Tensor, " nnz"]
+) -> Float32[Tensor, " d_sae"]:
+    """See `Ops.sums_by_latent`; in float64."""
+    d_sae = len(by_latent.starts) - 1
+    _check("starts", by_latent.starts, torch.int64, (d_sae + 1,))
+    _check("entries", by_latent.entries, torch.int32, (len(values),))
+    _check("values", values, torch.float32, (len(values),))
+    out = torch.empty(d_sae)
+    _call("sums_by_latent", by_latent.starts, by_latent.entries, values, d_sae, out)
+    return out
+
+
+def weighted_sum(
+    W: Float32[Tensor, "m d"], weights: Float32[Tensor, " m"]
+) -> Float32[Tensor, " d"]:
+    """See `Ops.weighted_sum`; rows without weight are not read."""
+    m, d = W.shape
+    _check("W", W, torch.float32, (m, d))
+    _check("weights", weights, torch.float32, (m,))
+    out = torch.empty(d)
+    _call("weighted_sum", W, weights, m, d, out)
+    return out
+
+
 def weight_gradient(factor: Factor, d_sae: int) -> Float32[Tensor, "d_sae d"]:
     """See `Ops.weight_gradient`."""
     d = factor.dense.shape[1]

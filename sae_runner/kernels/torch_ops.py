@@ -87,6 +87,18 @@ def by_latent(
     return ByLatent(starts, rows_of(offsets)[entries].int(), entries.int())
 
 
+def sums_by_latent(by_latent: ByLatent, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+    """See `Ops.sums_by_latent`."""
+    ordered = values[by_latent.entries.long()].double().cumsum(0)
+    sums = torch.cat([ordered.new_zeros(1), ordered])[by_latent.starts]
+    return sums.diff().to(values.dtype)
+
+
+def weighted_sum(W: Float[Tensor, "m d"], weights: Float[Tensor, " m"]) -> Float[Tensor, " d"]:
+    """See `Ops.weighted_sum`."""
+    return weights @ W
+
+
 def weight_gradient(factor: Factor, d_sae: int) -> Float[Tensor, "d_sae d"]:
     """See `Ops.weight_gradient`."""
     starts, rows, entries = factor.by_latent

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Float64, Int, Int32, Int64
 from torch import Tensor
 
+from sae_runner.kernels import torch_ops
 from sae_runner.kernels.base import ByLatent, Factor
 
 SEGMENT = 64
@@ -137,6 +138,20 @@ def by_latent(offsets: Offsets, indices: Indices, d_sae: int) -> ByLatent:
         n.bit_length(), nnz.bit_length(), SHIFT=shift, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return ByLatent(starts, rows, entries)
+
+
+def sums_by_latent(
+    by_latent: ByLatent, values: Float32[Tensor, " nnz"]
+) -> Float32[Tensor, " d_sae"]:
+    """See `Ops.sums_by_latent`."""
+    return torch_ops.sums_by_latent(by_latent, values)
+
+
+def weighted_sum(
+    W: Float32[Tensor, "m d"], weights: Float32[Tensor, " m"]
+) -> Float32[Tensor, " d"]:
+    """See `Ops.weighted_sum`."""
+    return torch_ops.weighted_sum(W, weights)
 
 
 def weight_gradient(factor: Factor, d_sae: int) -> Float32[Tensor, "d_sae d"]:

@@ -124,12 +124,15 @@ class SAE(Weights):
         """Scaled rows as the encoder sees them; no gradient."""
         return scaled if self.centre is None else scaled - self.centre.detach()
 
-    def scored(self, scaled: Float[Tensor, "n d_in"], entries: Entries) -> Latents:
+    def scored(
+        self, scaled: Float[Tensor, "n d_in"], centred: Float[Tensor, "n d_in"], entries: Entries
+    ) -> Latents:
         """Pre-activations of chosen entries, whose values are known, with their gradient."""
-        latents = Latents(entries.offsets, entries.indices, entries.values, self.d_sae)
+        values = entries.values
+        latents = Latents(entries.offsets, entries.indices, values, self.d_sae)
         return latents.with_values(
             autograd.selected_scores(
-                scaled, self.W_enc_rows, self.b_enc, self.centre, latents.selection, latents.values
+                scaled, self.W_enc_rows, self.b_enc, self.centre, latents.selection, values, centred
             )
         )
 
@@ -144,14 +147,26 @@ class SAE(Weights):
             many = (sample > floor).float().mean() > FEW
         if many:
             return All(self.pre_activations(scaled))
-        entries = self.selector.above(self.centred(scaled), self.W_enc_rows, self.b_enc, floor)
-        return Few(self.scored(scaled, entries))
+        centred = self.centred(scaled)
+        entries = self.selector.above(centred, self.W_enc_rows, self.b_enc, floor)
+        return Few(self.scored(scaled, centred, entries))
 
     def reconstruct(
-        self, latents: Latents, target: Float[Tensor, "n d_out"], base: Tensor
+        self,
+        latents: Latents,
+        target: Float[Tensor, "n d_out"],
+        base: Tensor,
+        centred: Float[Tensor, "n d_in"] | None = None,
     ) -> autograd.Reconstruction:
-        """x̂ = base + f W_dec, and the squared error of each row, both with their gradient."""
-        return autograd.reconstruct(latents.values, self.W_dec, base, target, latents.selection)
+        """x̂ = base + f W_dec, and the squared error of each row, both with their gradient.
+
+        With `centred` the target is the scaled rows that it was made of: where they are centred at
+        the base, what latents have to give is there already.
+        """
+        wanted = centred if base is self.centre else None
+        return autograd.reconstruct(
+            latents.values, self.W_dec, base, target, latents.selection, wanted
+        )
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:

@@ -64,24 +64,31 @@ class BatchTopK(SAE):
         pre_acts = self.pre_activations(self.scaled(x))
         return Latents.where(pre_acts > self.threshold, pre_acts)
 
-    def chosen(self, scaled: Float[Tensor, "n d_in"], k: float) -> Latents:
+    def chosen(
+        self, scaled: Float[Tensor, "n d_in"], centred: Float[Tensor, "n d_in"], k: float
+    ) -> Latents:
         """The positive ones of the ⌊k n⌋ largest pre-activations of a batch."""
         entries = self.selector.largest(
-            self.centred(scaled), self.W_enc_rows, self.b_enc, whole(k * len(scaled))
+            centred, self.W_enc_rows, self.b_enc, whole(k * len(scaled))
         )
-        return self.scored(scaled, entries)
+        return self.scored(scaled, centred, entries)
 
     def loss(self, x: Float[Tensor, "n d_in"], state: TrainState) -> Loss:
         """The reduced squared error on scaled activations, of what training selects."""
         scaled = self.scaled(x)
+        centred = self.centred(scaled)
         k = annealed(self.k, self.k_start, self.k_anneal, state.progress)
-        return self.loss_from(x, scaled, self.chosen(scaled, k))
+        return self.loss_from(x, scaled, centred, self.chosen(scaled, centred, k))
 
     def loss_from(
-        self, x: Float[Tensor, "n d_in"], scaled: Float[Tensor, "n d_in"], latents: Latents
+        self,
+        x: Float[Tensor, "n d_in"],
+        scaled: Float[Tensor, "n d_in"],
+        centred: Float[Tensor, "n d_in"],
+        latents: Latents,
     ) -> Loss:
         """The loss of a batch, given the latents that were selected."""
-        found = self.reconstruct(latents, scaled, self.b_dec)
+        found = self.reconstruct(latents, scaled, self.b_dec, centred)
         return self.loss_of(x, scaled, found, latents.fired)
 
     def settle(self, progress: float) -> None:

@@ -52,7 +52,11 @@ class Matryoshka(BatchTopK):
         self.options = {**self.options, **own}
 
     def loss_from(
-        self, x: Float[Tensor, "n d_in"], scaled: Float[Tensor, "n d_in"], latents: Latents
+        self,
+        x: Float[Tensor, "n d_in"],
+        scaled: Float[Tensor, "n d_in"],
+        centred: Float[Tensor, "n d_in"],
+        latents: Latents,
     ) -> Loss:
         """See `BatchTopK.loss_from`; the error of each prefix of m latents is logged as `first_m`.
 
@@ -65,7 +69,7 @@ class Matryoshka(BatchTopK):
             added = Latents.from_entries(
                 rows[own], latents.indices[own], latents.values[own], len(x), self.d_sae
             )
-            found = self.reconstruct(added, scaled, base)
+            found = self.reconstruct(added, scaled, base, centred)
             base = found.x_hat
             if stop < self.d_sae:
                 terms[f"first_{stop}"] = (1.0, self.error(found.square, scaled)[1])

@@ -86,15 +86,15 @@ class TopK(SAE):
     def encode_chunk(self, x: Float[Tensor, "n d_in"]) -> Latents:
         """See `SAE.encode_chunk`; no dense latents are made."""
         scaled = self.scaled(x)
-        pre_acts, indices = self.select(scaled, self.k)
-        latents = self.chosen(scaled, pre_acts, indices)
+        centred = self.centred(scaled)
+        pre_acts, indices = self.select(scaled, centred, self.k)
+        latents = self.chosen(scaled, centred, pre_acts, indices)
         return Latents.from_topk(latents.values.view_as(indices), indices.long(), self.d_sae)
 
     def select(
-        self, scaled: Float[Tensor, "n d_in"], k: int
+        self, scaled: Float[Tensor, "n d_in"], centred: Float[Tensor, "n d_in"], k: int
     ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         """Pre-activations and indices of the k latents that are chosen in training; no gradient."""
-        centred = self.centred(scaled)
         if self.selection == "topk":
             return self.selector.top(centred, self.W_enc_rows, self.b_enc, k)
         parts = []
@@ -108,13 +108,15 @@ class TopK(SAE):
     def chosen(
         self,
         scaled: Float[Tensor, "n d_in"],
+        centred: Float[Tensor, "n d_in"],
         pre_acts: Float[Tensor, "n k"],
         indices: Int[Tensor, "n k"],
     ) -> Latents:
         """Latents that were selected, with their gradient; values may be zero."""
         n, k = indices.shape
         offsets = torch.arange(0, n * k + 1, k, device=indices.device)
-        latents = self.scored(scaled, Entries(offsets, indices.flatten().int(), pre_acts.flatten()))
+        entries = Entries(offsets, indices.flatten().int(), pre_acts.flatten())
+        latents = self.scored(scaled, centred, entries)
         signed = self.selection == "abstopk"
         return latents if signed else latents.with_values(latents.values.relu())
 
@@ -123,19 +125,20 @@ class TopK(SAE):
         scaled = self.scaled(self.input_of(x))
         target = self.target_for(x, scaled)
         k = round(annealed(self.k, self.k_start, self.k_anneal, state.progress))
-        base, terms = self.base_of(scaled), {}
+        base, terms, centred = self.base_of(scaled), {}, self.centred(scaled)
+        own = centred if target is scaled else None
         if self.multi_topk > 0:
-            pre_acts, indices = self.select(scaled, min(4 * k, self.d_sae))
-            more = self.chosen(scaled, pre_acts, indices)
-            error = self.error(self.reconstruct(more, target, base).square, target)[1]
+            pre_acts, indices = self.select(scaled, centred, min(4 * k, self.d_sae))
+            more = self.chosen(scaled, centred, pre_acts, indices)
+            error = self.error(self.reconstruct(more, target, base, own).square, target)[1]
             terms["multi_topk"] = (self.multi_topk, error)
             size = pre_acts.abs() if self.selection == "abstopk" else pre_acts
             best = size.topk(k, dim=1, sorted=False).indices
             pre_acts, indices = pre_acts.gather(1, best), indices.gather(1, best)
         else:
-            pre_acts, indices = self.select(scaled, k)
-        latents = self.chosen(scaled, pre_acts, indices)
-        found = self.reconstruct(latents, target, base)
+            pre_acts, indices = self.select(scaled, centred, k)
+        latents = self.chosen(scaled, centred, pre_acts, indices)
+        found = self.reconstruct(latents, target, base, own)
         return self.loss_of(x, target, found, latents.fired, **terms)
 
     def settle(self, progress: float) -> None:

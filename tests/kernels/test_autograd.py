@@ -48,7 +48,8 @@ def test_scores_have_the_gradient_of_the_dense_product(drawn, with_centre):
     b.requires_grad_()
     centre = normal(D).requires_grad_() if with_centre else None
     dense = ((x - centre if with_centre else x) @ W.T + b)[rows, indices]
-    sparse = selected_scores(x, W, b, centre, selection, dense.detach().clone())
+    centred = (x - centre if with_centre else x).detach()
+    sparse = selected_scores(x, W, b, centre, selection, dense.detach().clone(), centred)
     assert sparse.equal(dense)
     inputs = [t for t in (W, b, centre) if t is not None]
     assert_same_gradients(sparse, dense, inputs, normal(len(indices)))
@@ -58,13 +59,14 @@ def test_scores_have_a_gradient_by_rows_too(drawn):
     normal, _, selection, rows, indices = drawn
     x, W, b = normal(N, D).requires_grad_(), normal(S, D), normal(S)
     dense = (x @ W.T + b)[rows, indices]
-    sparse = selected_scores(x, W, b, None, selection, dense.detach().clone())
+    sparse = selected_scores(x, W, b, None, selection, dense.detach().clone(), x.detach())
     assert_same_gradients(sparse, dense, [x], normal(len(indices)))
 
 
 @pytest.mark.parametrize("of", ["x_hat", "square", "both"])
 @pytest.mark.parametrize("base_of_rows", [True, False])
-def test_reconstructions_and_their_errors_are_the_dense_ones(drawn, of, base_of_rows):
+@pytest.mark.parametrize("is_known", [True, False])
+def test_reconstructions_and_their_errors_are_the_dense_ones(drawn, of, base_of_rows, is_known):
     normal, _, selection, rows, indices = drawn
     values, W = normal(len(indices)).requires_grad_(), normal(S, D).requires_grad_()
     base = (normal(N, D) if base_of_rows else normal(D)).requires_grad_()
@@ -72,7 +74,8 @@ def test_reconstructions_and_their_errors_are_the_dense_ones(drawn, of, base_of_
     acts = torch.zeros(N, S, dtype=torch.float64).index_put((rows, indices), values)
     dense = acts @ W + base
     dense_square = (target - dense).square().sum(1)
-    x_hat, square, residual = reconstruct(values, W, base, target, selection)
+    wanted = (target - base).detach() if is_known else None
+    x_hat, square, residual = reconstruct(values, W, base, target, selection, wanted)
     torch.testing.assert_close(x_hat, dense, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(square, dense_square, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(residual, target - dense.detach(), rtol=1e-13, atol=1e-13)

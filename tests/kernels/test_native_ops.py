@@ -195,6 +195,22 @@ def test_by_latent(ops, shape, threads):
     np.testing.assert_array_equal(entries.numpy(), order)
 
 
+def test_sums_by_latent(ops, case):
+    by_latent = ops.by_latent(case.offsets, case.indices, case.d_sae)
+    close(ops.sums_by_latent(by_latent, case.values), case.dense(case.values).sum(0))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_weighted_sum(ops, case, share):
+    """Also where most weights are zero, whose rows may hold anything."""
+    weights = torch.where(
+        torch.rand(case.d_sae, generator=torch.Generator().manual_seed(1)) < share, case.b, 0
+    )
+    expected = weights.double().numpy() @ case.W.double().numpy()
+    case.W[weights == 0] = torch.nan
+    close(ops.weighted_sum(case.W, weights), expected)
+
+
 def test_weight_gradient(ops, case):
     close(ops.weight_gradient(case.factor(ops), case.d_sae), case.gradient())
 
@@ -334,6 +350,8 @@ def test_the_number_of_threads_changes_no_bit(ops):
             *ops.reconstruct(case.W, case.offsets, case.indices, case.values, case.x),
             ops.topk(case.x, 9), ops.decode(case.W, case.offsets, case.indices, case.values),
             *ops.by_latent(case.offsets, case.indices, 6),
+            ops.sums_by_latent(ops.by_latent(case.offsets, case.indices, 6), case.values),
+            ops.weighted_sum(case.W, case.b),
         ]  # fmt: skip
 
     before = torch.get_num_threads()

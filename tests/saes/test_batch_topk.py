@@ -102,7 +102,8 @@ def test_exactly_so_many_are_chosen_also_among_equals(small, rows):
         sae.b_enc.fill_(1.0)
     loss = sae.loss(x, TrainState())
     assert int(loss.fired.sum()) == 17  # ⌊2.5 · 7⌋
-    latents = sae.chosen(sae.scaled(x), 2.5)
+    scaled = sae.scaled(x)
+    latents = sae.chosen(scaled, sae.centred(scaled), 2.5)
     assert len(latents) == 7 and len(latents.indices) == 17
     assert (latents.dense() != 0).sum() == 17  # No entry twice.
 
