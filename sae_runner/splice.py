@@ -74,6 +74,13 @@ def kl_divergence(
     return kl_of_rows(clean, spliced).mean()
 
 
+def final_norm(model: Model, site: SiteInfo) -> SiteInfo | None:
+    """What the model's last norm gives; None where there is none after `site`."""
+    names = list(model.sites())
+    later = names[names.index(site.name) + 1 :]
+    return model.sites()["final_norm"] if "final_norm" in later else None
+
+
 def later_sites(
     model: Model, site: SiteInfo, wanted: Sequence[str] | None, key: str, otherwise: str = ""
 ) -> list[SiteInfo]:

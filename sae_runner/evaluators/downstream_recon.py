@@ -10,6 +10,10 @@ tokens of width d (Braun et al. 2024, arXiv 2405.12241, whose loss this mse is):
 and `mse_mean`, `fvu_mean` and `cosine_mean` over the sites. Raw errors grow with the stream and are
 mostly the last blocks', so that `fvu_mean` is the one to quote.
 
+`final_norm_fvu` is the fvu of what the last norm gives (the site `final_norm`; of pooled vectors
+where it comes after the pool): of the stream as the head reads it. It is in no mean and no table
+unless `later_sites` names the site. Of an SAE on the last block it is all that is measured.
+
 Tokens are all that a selection of all would keep, whether they were replaced or not: of a text no
 padding, nor what the run drops (special tokens, position 0), whose norms would hide the rest.
 Intervals hold each site's Σ‖a − ā‖² / N fixed, which is the model's and not the SAE's.
@@ -40,9 +44,10 @@ from sae_runner.evaluators._moments import FLAT, Moments
 from sae_runner.evaluators._numbers import NO_ROWS, Scalars, plain_list
 from sae_runner.evaluators.base import Axis, EvalContext, Evaluator, Findings, Setting, Spliced
 from sae_runner.models.base import SiteInfo
-from sae_runner.splice import later_sites
+from sae_runner.splice import final_norm, later_sites
 
 SUMS, METRICS = ("tokens", "error", "cosine"), ("mse", "fvu", "cosine")
+NORM = "final_norm_fvu"
 
 
 @EVALUATORS.register("downstream_recon")
@@ -58,6 +63,7 @@ class DownstreamReconstruction(Evaluator):
     """
 
     axis: ClassVar[Axis] = "faithfulness"
+    version = "2"  # Since 2 there is final_norm_fvu.
     sizes = ("n_examples",)
     splices = ("recon",)
 
@@ -68,17 +74,25 @@ class DownstreamReconstruction(Evaluator):
         self.n_bootstrap = checked_resamples(n_bootstrap, "downstream_recon")
 
     def check(self, setting: Setting) -> None:
-        """See `Evaluator.check`: there must be later sites, and rows that can be put back."""
+        """See `Evaluator.check`: something must come later, and rows can be put back."""
         setting.selection.check_replaceable("this evaluator")
         self.watches(setting)
 
     def watches(self, setting: Setting) -> Sequence[SiteInfo]:
         """See `Evaluator.watches`; the site itself is seen anyhow."""
+        norm, later = self._norm(setting), self._later(setting)
+        return later if norm is None or norm in later else [*later, norm]
+
+    def _norm(self, setting: Setting) -> SiteInfo | None:
+        return final_norm(setting.shapes(), setting.spliced_site)
+
+    def _later(self, setting: Setting) -> list[SiteInfo]:
+        """The sites of the table; none is enough where the site itself or the last norm is left."""
         model, site, wanted = setting.shapes(), setting.spliced_site, self.later_sites
         try:
             return later_sites(model, site, wanted, "later_sites", ", or set include_site=true")
         except ConfigError:
-            if wanted is None and self.include_site:
+            if wanted is None and (self.include_site or self._norm(setting)):
                 return []
             raise
 
@@ -88,16 +102,19 @@ class DownstreamReconstruction(Evaluator):
         self.context = context
         self.every = replace(context.setting.selection, tokens="all")
         own = [context.setting.spliced_site] if self.include_site else []
-        sites = [*own, *self.watches(context.setting)]
-        self.sites = [AtSite(i, info) for i, info in enumerate(sites)]
-        columns = [site.column(what) for site in self.sites for what in SUMS]
+        sites, norm = [*own, *self._later(context.setting)], self._norm(context.setting)
+        watched = dict.fromkeys(sites if norm is None else [*sites, norm])
+        self.watched = [AtSite(i, info) for i, info in enumerate(watched)]
+        self.sites = self.watched[: len(sites)]
+        self.norm = next((site for site in self.watched if site.info == norm), None)
+        columns = [site.column(what) for site in self.watched for what in SUMS]
         self.clusters = ClusterSums(context.example_ids, columns)
 
     def update_spliced(self, batch: Spliced) -> None:
         """Compare the two runs at each site, in float64."""
         # An example in which nothing is replaced has no rows, and says nothing of the SAE.
         touched = batch.replaced.any(1).cpu()
-        for site in self.sites:
+        for site in self.watched:
             a, b = (run.sites[site.info.name] for run in (batch.clean, batch.run))
             keep = self.every.mask(site.info, batch.inputs, a.shape[1]) & touched.unsqueeze(1)
             if not keep.any():
@@ -106,14 +123,14 @@ class DownstreamReconstruction(Evaluator):
             self.clusters.add(ids, **site.add(a[at], b[at]))
 
     def finish(self) -> Findings:
-        """Category `downstream_recon`: means over the sites, with intervals."""
-        sums = self.clusters.seen(self.sites[0].column("tokens"))
+        """Category `downstream_recon`: means over the sites and the last norm, with intervals."""
+        sums = self.clusters.seen(self.watched[0].column("tokens"))
         totals = {name: np.array([column.sum()]) for name, column in sums.items()}
         scalars = Scalars("downstream_recon")
         scalars.put("n_sites", len(self.sites))
-        if not self.sites[0].moments.n:
-            for metric in METRICS:
-                scalars.null(f"{metric}_mean", "zero_denominator", NO_ROWS)
+        if not self.watched[0].moments.n:
+            for name in (*(f"{metric}_mean" for metric in METRICS), NORM):
+                scalars.null(name, "zero_denominator", NO_ROWS)
             return Findings({"downstream_recon": scalars.values}, notes=scalars.notes)
         table: dict[str, list[Any]] = {"site": [site.info.name for site in self.sites]}
         statistics: dict[str, Statistic] = {}
@@ -122,14 +139,26 @@ class DownstreamReconstruction(Evaluator):
             values = [None if found is None else float(found(totals)[0]) for found in by_site]
             table[metric] = plain_list(values)
             self._mean(scalars, f"{metric}_mean", by_site, totals, statistics)
+        self._at_norm(scalars, totals, statistics)
         table["n_tokens"] = [site.moments.n for site in self.sites]
         ci, notes = intervals(
             sums, statistics, n_resamples=self.n_bootstrap, seed=self.context.seed
         )
         return Findings(
             {"downstream_recon": scalars.values}, ci, scalars.notes + notes,
-            series={"downstream_by_site": table}, tables={"sites": table},
+            series={"downstream_by_site": table} if self.sites else {},
+            tables={"sites": table} if self.sites else {},
         )  # fmt: skip
+
+    def _at_norm(self, scalars: Scalars, totals: Sums, statistics: dict[str, Statistic]) -> None:
+        """FVU after the last norm; null where there is none, or where that is constant."""
+        if self.norm is None:
+            detail = "no norm comes after the blocks of this model, or the site is behind it"
+            return scalars.null(NORM, "not_applicable", detail)
+        if (fvu := self.norm.statistic("fvu")) is None:
+            return scalars.null(NORM, "constant_feature", f"{self.norm.info.name} does not vary")
+        if scalars.put(NORM, float(fvu(totals)[0])) is not None:
+            statistics[f"downstream_recon.{NORM}"] = fvu
 
     def _mean(
         self,
@@ -141,6 +170,9 @@ class DownstreamReconstruction(Evaluator):
     ) -> None:
         """The mean over the sites that have a value; its statistic is kept for the interval."""
         there = [statistic for statistic in by_site if statistic is not None]
+        if not by_site:
+            detail = "no block comes after the site; name later_sites, or set include_site=true"
+            return scalars.null(name, "not_applicable", detail)
         if not there:
             return scalars.null(name, "constant_feature", "no site's activations vary")
 

@@ -71,6 +71,7 @@ def layout(network: nn.Module, architecture: str, root: nn.Module | None = None)
         bridge = build_bridge_from_module(network, architecture, hf_config=config)
         blocks = [_roles(block) for block in bridge.blocks]
         embed = bridge.embed.original_component
+        norm = getattr(getattr(bridge, "ln_final", None), "original_component", None)
         cfg, split = bridge.cfg, getattr(bridge.blocks[0].attn, "split_qkv_matrix", None)
         _unwrap(network)
     config._attn_implementation = attention
@@ -87,6 +88,9 @@ def layout(network: nn.Module, architecture: str, root: nn.Module | None = None)
             kind, _, head = site.partition(".")
             taps[f"blocks.{i}.{site}"] = tap
             hooks[f"blocks.{i}.{site}"] = f"blocks.{i}.{HOOKS[kind]}" + (head and f".{head}")
+    body: Any = network.base_model
+    if norm in set(body.modules()):  # An encoder's is a part of its head, and not the stream's.
+        taps["final_norm"], hooks["final_norm"] = Tap(paths[norm]), "ln_final.hook_out"
     return Layout(taps, hooks, [paths[roles["block"]] for roles in blocks])
 
 

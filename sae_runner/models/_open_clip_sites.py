@@ -69,11 +69,24 @@ def _vit(visual: Any) -> Tower:
             f"blocks.{i}.mlp_out": Tap(f"{path}.ls_2"),
             f"blocks.{i}.resid_post": Tap(path),
         }
-    if visual.pool_type == "tok" and visual.final_ln_after_pool and visual.attn_pool is None:
-        tower.taps["pooled"] = Tap("visual.ln_post", layout="ND")
-    elif visual.pool_type == "tok":
-        tower.taps["pooled"] = FirstToken("visual.ln_post", layout="ND")
+    tower.taps |= _after_blocks(visual)
     return tower
+
+
+def _after_blocks(visual: Any) -> dict[str, Tap]:
+    """`final_norm`, of all tokens or, where the norm comes after the pool, of the pooled vector.
+
+    `pooled` is token 0 of it. An attention that pools (CoCa) gives its queries' tokens, which are
+    none of the image: of those the first alone is taken.
+    """
+    path, by_token = "visual.ln_post", visual.pool_type == "tok"
+    first, vector = FirstToken(path, layout="ND"), Tap(path, layout="ND")
+    if visual.attn_pool is not None and visual.attn_pool_contrastive is None:
+        return {"final_norm": first, "pooled": first} if by_token else {}
+    if visual.attn_pool is None and visual.final_ln_after_pool and visual.pool_type != "none":
+        return {"final_norm": vector, "pooled": vector} if by_token else {"final_norm": vector}
+    taps = {"final_norm": Tap(path)}
+    return {**taps, "pooled": first} if by_token else taps
 
 
 def _attention(attention: nn.MultiheadAttention, path: str, name: str) -> dict[str, Tap]:

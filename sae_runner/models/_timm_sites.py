@@ -55,6 +55,11 @@ def _transformer(network: Any, prefix: str) -> Trunk:
     for i, block in enumerate(network.blocks):
         trunk.block_paths.append(f"{prefix}blocks.{i}")
         trunk.taps |= block_taps(block, f"{prefix}blocks.{i}", f"blocks.{i}")
+    norms = {name: getattr(network, name, nn.Identity()) for name in ("norm", "fc_norm")}
+    if not isinstance(norms["norm"], nn.Identity):
+        trunk.taps["final_norm"] = Tap(f"{prefix}norm")
+    elif not isinstance(norms["fc_norm"], nn.Identity) and network.global_pool:
+        trunk.taps["final_norm"] = Tap(f"{prefix}fc_norm", layout="ND")
     return trunk
 
 

@@ -33,9 +33,9 @@ class OpenCLIP(HookedModel, TextTower):
     """A CLIP model; its output is the image embedding [n, d], not normalised.
 
     Sites of its own ViT: `blocks.{i}.resid_pre | attn_q | attn_k | attn_v | attn_z | attn_out |
-    resid_mid | mlp_act | mlp_out | resid_post` (one head: `attn_z.3`), `pooled` (after the last
-    layer norm, before the projection) and `embed`. Convolutional towers have `stages.{s}` and
-    `stages.{s}.blocks.{b}`.
+    resid_mid | mlp_act | mlp_out | resid_post` (one head: `attn_z.3`), `final_norm` (the last layer
+    norm, of all tokens unless it comes after the pool), `pooled` (after it, before the projection)
+    and `embed`. Convolutional towers have `stages.{s}` and `stages.{s}.blocks.{b}`.
 
     Args:
         device: where the network lives.

@@ -27,7 +27,8 @@ class Timm(HookedModel):
     """A model of timm; its output is class logits, or the pooled features of one without classes.
 
     Transformers have `blocks.{i}.resid_pre | attn_q | attn_k | attn_v | attn_z | attn_out |
-    resid_mid | mlp_act | mlp_out | resid_post` (one head: `attn_z.3`); ConvNeXts have `stages.{s}`,
+    resid_mid | mlp_act | mlp_out | resid_post` (one head: `attn_z.3`) and `final_norm` (of all
+    tokens, or of the pooled vector where it comes after the pool); ConvNeXts have `stages.{s}`,
     `stages.{s}.blocks.{b}` and `….mlp_act`; others the features that timm names. All have `pooled`
     and `logits`, or `embed` when there are no classes.
 

@@ -34,8 +34,9 @@ class TextHost(HookedModel, TakesPrompts):
       MLP run side by side (Pythia), nor where a block scales what it adds. In an encoder with norms
       after each half (BERT) it is the normalised sum that the MLP reads and adds to.
 
-    `embed` is the token embedding alone. TransformerLens' names (`blocks.3.hook_resid_post`) are
-    accepted too.
+    `embed` is the token embedding alone; `final_norm` what the norm after the last block gives, if
+    there is one (not in BERT). TransformerLens' names (`blocks.3.hook_resid_post`) are accepted
+    too.
     """
 
     modality = "text"

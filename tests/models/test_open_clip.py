@@ -34,13 +34,23 @@ ARCHITECTURES = {
     },
     "test-convnext": {"timm_model_name": "convnext_atto", "timm_pool": "", "image_size": 224},
 }  # fmt: skip
+OTHER_POOLS = {
+    "test-vit-mean": {
+        "image_size": 24, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1,
+        "pool_type": "avg", "final_ln_after_pool": True,
+    },
+    "test-coca": {
+        "image_size": 24, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1,
+        "attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 2,
+    },
+}  # fmt: skip
 VITS = ["test-vit", "test-vit-scaled"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def architectures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
-    for name, vision in ARCHITECTURES.items():
+    for name, vision in (ARCHITECTURES | OTHER_POOLS).items():
         config = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": TEXT}
         (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
@@ -171,6 +181,39 @@ def test_the_last_class_token_becomes_the_embedding(vit):
     torch.testing.assert_close(vit.forward(inputs), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "kind"),
+    [
+        ("test-vit", (4, 10, 32), "tokens"), ("test-vit-scaled", (4, 1, 32), "vector"),
+        ("test-vit-mean", (4, 1, 32), "vector"), ("test-coca", (4, 1, 20), "vector"),
+        ("test-timm-vit", (4, 197, 192), "tokens"),
+    ],
+)  # fmt: skip
+def test_the_final_norm_is_of_all_tokens_unless_it_comes_after_the_pool(models, name, shape, kind):
+    model = models[name] if name in models else build(arch=name)
+    visual, inputs = model.network.visual, batch(model)
+    n_blocks = len(model.block_paths)
+    with torch.no_grad():
+        last = f"blocks.{n_blocks - 1}.resid_post"
+        x, norm = model.record(inputs, [last, "final_norm"]).values()
+        embed = model.forward(inputs)
+    info = model.sites()["final_norm"]
+    assert norm.shape == shape and info.kind == kind
+    with torch.no_grad():
+        expected = {
+            "test-vit": lambda: visual.ln_post(x),
+            "test-vit-scaled": lambda: visual.ln_post(x[:, :1]),
+            "test-vit-mean": lambda: visual.ln_post(x[:, 1:].mean(1, keepdim=True)),
+            "test-coca": lambda: visual.ln_post(visual.attn_pool(x))[:, :1],
+            "test-timm-vit": lambda: visual.trunk.norm(x),
+        }[name]()
+        torch.testing.assert_close(norm, expected)
+        if name != "test-timm-vit":
+            torch.testing.assert_close(norm[:, 0] @ visual.proj, embed)
+    names = list(model.sites())
+    assert names.index(last) < names.index("final_norm") < names.index("embed")
+
+
 @pytest.mark.parametrize(("name", "width"), [("test-vit", 16), ("test-timm-vit", 64)])
 def test_queries_are_the_attentions(models, name, width):
     model = models[name]
@@ -235,7 +278,8 @@ def test_an_edit_of_one_head_reaches_that_head_alone(vit):
 def test_an_edit_that_changes_nothing_changes_no_bit(models, name):
     model = models[name]
     inputs = batch(model, 2)
-    ends = ("blocks.1.attn_z", "blocks.0.attn_q.1", "stages.1.blocks.1", "pooled", "embed")
+    ends = ("blocks.1.attn_z", "blocks.0.attn_q.1", "stages.1.blocks.1")
+    ends += ("final_norm", "pooled", "embed")
     residual = ("blocks.0.", "blocks.1.r")
     some = [s for s in model.sites() if s.endswith(ends)]
     some += [s for s in model.sites() if s.startswith(residual) and s.count(".") == 2]

@@ -118,6 +118,31 @@ def test_a_transformer_s_residual_stream_is_the_library_s(arch: str) -> None:
     assert torch.equal(host.forward(inputs), output)
 
 
+@pytest.mark.parametrize("arch", [VIT, DINO])
+@torch.no_grad()
+def test_the_final_norm_is_of_all_tokens(arch: str) -> None:
+    host = shared(arch)
+    network: Any = host.network
+    inputs = batch(host)
+    last, norm = host.record(inputs, ["blocks.11.resid_post", "final_norm"]).values()
+    assert torch.equal(norm, network.norm(last))
+    assert torch.equal(norm, network.forward_features(inputs.tensors["pixels"]))
+    info, stream = host.sites()["final_norm"], host.sites()["blocks.11.resid_post"]
+    assert (info.kind, info.n_tokens, info.n_prefix) == ("tokens", stream.n_tokens, stream.n_prefix)
+
+
+@pytest.mark.parametrize("arch", ["test_vit2", "test_vit4"])
+@torch.no_grad()
+def test_a_final_norm_after_the_pool_is_of_the_pooled_vector(arch: str) -> None:
+    host = build(arch, image_size=None)
+    network: Any = host.network
+    last = f"blocks.{len(host.block_paths) - 1}.resid_post"
+    x, norm = host.record(batch(host), [last, "final_norm"]).values()
+    mean = x[:, network.num_prefix_tokens :].mean(1, keepdim=True)
+    torch.testing.assert_close(norm, network.fc_norm(mean))
+    assert host.sites()["final_norm"].kind == "vector"
+
+
 def test_class_and_register_tokens_come_first_and_know_no_image() -> None:
     host = shared(DINO)
     info = host.sites()["blocks.0.resid_pre"]

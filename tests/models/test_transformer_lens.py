@@ -219,6 +219,38 @@ def test_a_decoders_stream_is_the_sum_of_what_is_written(decoders, kind):
             torch.testing.assert_close(mid + mlp, post)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "gemma2"])
+def test_the_final_norm_is_what_the_head_reads(decoders, kind):
+    model = decoders[kind]
+    inputs = batch(model)
+    with torch.no_grad():
+        last, norm = model.record(inputs, ["blocks.2.resid_post", "final_norm"]).values()
+        logits, head = model.forward(inputs), model.network.get_output_embeddings()
+        new = norm.flip(2)
+        spliced = model.splice(inputs, {"final_norm": lambda _: new})
+    assert list(model.sites())[-1] == "final_norm" and not torch.allclose(last, norm)
+    cap = getattr(model.network.config, "final_logit_softcapping", None)
+    for x, found in ((norm, logits), (new, spliced)):
+        expected = x @ head.weight.T
+        expected = torch.tanh(expected / cap) * cap if cap else expected
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_norm_in_an_encoders_head_is_no_final_norm(minilm, tmp_path):
+    import transformers
+
+    from sae_runner.models._pretrained import quiet
+
+    assert "final_norm" not in minilm.sites()
+    with torch.random.fork_rng(), quiet():
+        config = transformers.BertConfig(**SIZES)
+        network = transformers.BertForMaskedLM(config)
+        network.save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
+    model = build(tmp_path, weights=str(tmp_path / "bert"), context=32)
+    assert model.output == "token_logits" and list(model.sites())[-1] == "blocks.2.resid_post"
+
+
 def test_blocks_side_by_side_have_no_middle(decoders):
     assert "blocks.0.resid_mid" not in decoders["neox"].sites()
     assert "blocks.0.resid_mid" in decoders["neox_sequential"].sites()
