@@ -44,8 +44,8 @@ def test_runs_where_a_run_is_meant(offered, key):
 def test_words_of_report_ls_and_rm_are_things_below_outputs_and_no_groups(offered):
     runs = ["outputs/train/toy-a", "outputs/train/toy-b"]
     keys = [
-        "compare=", "firing=", "metrics=", "out=", "outputs=", "proxy=", "runs=", "similarity=",
-        "x=", "y=",
+        "attribution=", "compare=", "firing=", "metrics=", "out=", "outputs=", "proxy=", "runs=",
+        "similarity=", "x=", "y=",
     ]  # fmt: skip
     assert offered("sae-run report ") == keys + runs
     assert offered("sae-run report outputs/train/toy-a outputs/") == runs

@@ -20,6 +20,7 @@ from sae_runner.report.pareto import draw_pareto
 from sae_runner.report.proxy import Correlation, proxy_correlations
 from sae_runner.report.runs import choose_metrics, find_runs, load_runs
 from sae_runner.report.sections import (
+    attribution_section,
     comparisons_json,
     firing_section,
     proxy_section,
@@ -78,7 +79,7 @@ def main(job: Job) -> None:
 
 
 def compared(comparison: Comparison, options: ReportOptions) -> list[Section]:
-    """What `compare` asks for, without its figure; torch is needed for none but the first two.
+    """What `compare` asks for, without its figure; torch is needed for none but the first three.
 
     Raises:
         InputError: runs that cannot be compared, a metric that no evaluator gives.
@@ -93,6 +94,10 @@ def compared(comparison: Comparison, options: ReportOptions) -> list[Section]:
         from sae_runner.commands.firings import firings
 
         sections.append(firing_section(*firings(comparison, options.firing)))
+    if "attribution" in options.compare:
+        from sae_runner.commands.attributions import attributions
+
+        sections.append(attribution_section(*attributions(comparison, options.attribution)))
     if "retention" in options.compare:
         from sae_runner.commands.corpora import retentions
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from sae_runner.config import Name, NonNegative, Positive, Range, construct
 from sae_runner.errors import ConfigError
 
-Compared = Literal["similarity", "firing", "retention", "proxy"]
+Compared = Literal["similarity", "firing", "attribution", "retention", "proxy"]
 Cosine = Annotated[float, Range(ge=-1, le=1)]
 AtLeastThree = Annotated[int, Range(ge=3)]
 FEWEST_RESAMPLES = 40
@@ -44,6 +44,17 @@ class FiringOptions(NamedTuple):
     ) -> "FiringOptions":
         """Typed and in range."""
         return cls(n_rows, batch_size, neurons, seed)
+
+
+class AttributionOptions(NamedTuple):
+    """The `attribution` block of configs/report.yaml."""
+
+    seed: int
+
+    @classmethod
+    def from_config(cls, *, seed: NonNegative) -> "AttributionOptions":
+        """Typed and in range."""
+        return cls(seed)
 
 
 class ProxyOptions(NamedTuple):
@@ -87,13 +98,15 @@ class ReportOptions(NamedTuple):
     compare: list[str]
     similarity: SimilarityOptions
     firing: FiringOptions
+    attribution: AttributionOptions
     proxy: ProxyOptions
 
     @classmethod
     def from_config(
         cls, *, outputs: Name, runs: list[str] | str, out: str | None, x: str, y: str,
         metrics: list[str] | str, compare: list[Compared] | Compared,
-        similarity: dict[str, Any], firing: dict[str, Any], proxy: dict[str, Any],
+        similarity: dict[str, Any], firing: dict[str, Any], attribution: dict[str, Any],
+        proxy: dict[str, Any],
     ) -> "ReportOptions":  # fmt: skip
         """Typed; a lone run, metric or comparison need not be a list."""
         return cls(
@@ -103,5 +116,6 @@ class ReportOptions(NamedTuple):
             [compare] if isinstance(compare, str) else list(dict.fromkeys(compare)),
             construct(SimilarityOptions.from_config, similarity, where="similarity"),
             construct(FiringOptions.from_config, firing, where="firing"),
+            construct(AttributionOptions.from_config, attribution, where="attribution"),
             construct(ProxyOptions.from_config, proxy, where="proxy"),
         )  # fmt: skip

@@ -139,6 +139,7 @@ def test_what_shares_no_space_is_left_out_and_named(compared: Compared) -> None:
         (["a", "b"], ["compare=proxy"], r"compare=proxy: needs 10 runs or more \(proxy.min_ru"),
         (["a", "b"], ["compare=[proxi]"], r"compare=proxi: not one of its values. Did you mean"),
         (["a"], ["similarity.shared_cosine=2"], r"similarity.shared_cosine=2.*: must be <= 1"),
+        (["a"], ["attribution.seed=-1"], r"attribution.seed=-1.*: must be >= 0"),
         (["a"], ["+firing.n_row=2"], r"no key 'firing.n_row'. Did you mean 'n_rows'"),
     ],
 )  # fmt: skip
@@ -242,6 +243,80 @@ def test_explanations_of_one_corpus_scored_on_others(compared: Compared, outputs
     (a / "eval" / one_checkpoint(a) / "autointerp" / "latents.parquet").write_text("broken")
     with pytest.raises(StoreError, match=r"latents\.parquet cannot be read"):
         compared(["a", "copy"], "compare=retention")
+
+
+def attribute(run: Path, *, token: int = 0, **more: Any) -> Path:
+    """Attributions as the evaluator leaves them, in the report too; where they lie."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    report = json.loads((run / "report.json").read_text())
+    d_sae, generator = load_sae(run).d_sae, np.random.default_rng(0)
+    path = run / "eval" / report["run"]["checkpoint"] / "attribution" / "attributions.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    n = np.arange(200)
+    save_file({
+        "example_id": n // 5, "position": n.astype(np.int32) % 5,
+        "next_token": (n + token).astype(np.int32), "offsets": np.arange(201) * 2,
+        "indices": generator.integers(0, d_sae, 400).astype(np.int32),
+        "values": generator.standard_normal(400).astype(np.float32), **more,
+    }, path)  # fmt: skip
+    report["evaluators"]["attribution"] = report["evaluators"]["density"] | {
+        "evaluator": "attribution", "type": "attribution", "metrics": {}, "ci": {}, "notes": [],
+        "artifacts": {"arrays": {"attributions": "attribution/attributions.safetensors"}},
+    }  # fmt: skip
+    (run / "report.json").write_text(json.dumps(report))
+    return path
+
+
+def test_what_latents_say_is_compared_where_both_runs_kept_it(
+    compared: Compared, outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (outputs / "train" / name for name in "ab")
+    nobody = r"compare=attribution: no two of these runs have attributions on the same data: "
+    with pytest.raises(ConfigError, match=nobody + r"left out, #1: it kept none; `sae-run eval ch"):
+        compared(["a", "b"], "compare=attribution")
+    attribute(a)
+    with pytest.raises(ConfigError, match=nobody + r"#1 \(data \w{12}\); left out, #2: it kept no"):
+        compared(["a", "b"], "compare=attribution")
+    attribute(b)
+    found = compared(["a", "b"], "compare=attribution")["attribution"]
+    (record,), options = found["found"], found["options"]
+    assert options == {"seed": 0} and record["differ_in"] == ["seed"] and record["notes"] == []
+    assert (record["unit"], record["n_units"], record["n_common"]) == ("row", 200, 200)
+    assert record["max_corr_quantiles_12"]["0.05"] == pytest.approx(1)
+    assert record["max_corr_mean_shuffled_21"] < 0.6
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Latents that say the same" in page and "200 rows" in page
+    assert (tmp_path / "out" / "attribution.csv").is_file()
+    assert re.search(r"\n#1 +#2 +seed +1 ", capsys.readouterr().out)
+    attribute(b, token=7)
+    found = compared(["a", "b"], "compare=attribution")["attribution"]
+    assert found["found"][0]["max_corr_mean_12"] is None
+    why = "the next token is the same at 0 of 200 common rows: their tokenizers differ"
+    assert found["found"][0]["notes"] == [why] and found["notes"] == [f"a and b: {why}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("indices", 10_000), ("position", 5), ("offsets", 3)]
+)  # fmt: skip
+def test_damaged_attributions_are_left_out_and_named(
+    compared: Compared, outputs: Path, key: str, value: int
+) -> None:
+    import numpy as np
+
+    attribute(outputs / "train" / "a")
+    damaged = {
+        "indices": np.full(400, value, np.int32), "position": np.zeros(value, np.int32),
+        "offsets": np.arange(201) * value,
+    }  # fmt: skip
+    path = attribute(outputs / "train" / "b", **{key: damaged[key]})
+    for _ in range(2):
+        message = rf"left out, #2: {re.escape(str(path))} cannot be read: \w+"
+        with pytest.raises(ConfigError, match=message) as error:
+            compared(["a", "b"], "compare=attribution")
+        assert "\n" not in str(error.value)
+        path.write_bytes(b"broken")
 
 
 def one_checkpoint(run: Path) -> str:

@@ -1,0 +1,89 @@
+"""What latents say for the next token, as runs kept it: read, and compared two by two."""
+
+import itertools
+
+import numpy as np
+
+from sae_runner.commands.between import Member, Record, members_of, pair_record, together
+from sae_runner.commands.corpora import folder_of
+from sae_runner.errors import StoreError
+from sae_runner.log import Progress
+from sae_runner.report.attribution import Attributions, attribution
+from sae_runner.report.comparison import Comparison
+from sae_runner.report.options import AttributionOptions
+
+TYPE, KEPT = "attribution", "attributions"
+
+
+def attributions(
+    comparison: Comparison, options: AttributionOptions
+) -> tuple[list[Record], list[str]]:
+    """How alike the attributions of each two runs of one dataset are; notes on the others.
+
+    Raises:
+        ConfigError: no two runs kept attributions on the same data.
+    """
+    members, notes = members_of(comparison)
+    kept = {}
+    for member in members:
+        try:
+            kept[member.number] = attributions_of(member)
+        except StoreError as error:
+            notes.append(f"left out, #{member.number}: {error}")
+    groups, alone = together(
+        [m for m in members if m.number in kept],
+        lambda m: f"data {m.facts['dataset']['fingerprint'][:12]}",
+        "attributions on the same data", "attribution", notes,
+    )  # fmt: skip
+    records = []
+    pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
+    with Progress("attribution", len(pairs), "pairs") as progress:
+        for a, b in pairs:
+            found, why = attribution(kept[a.number], kept[b.number], options.seed)
+            records.append({**pair_record(a, b), "notes": [why] if why else [], **found})
+            progress.advance(1)
+    return records, [*notes, *alone]
+
+
+def name_of(member: Member) -> str:
+    """The evaluator of a run that kept attributions; the empty string if none did."""
+    named = member.run.evaluators.items()
+    return next(
+        (
+            name for name, envelope in named
+            if envelope["type"] == TYPE and KEPT in envelope["artifacts"].get("arrays", {})
+        ),
+        "",
+    )  # fmt: skip
+
+
+def attributions_of(member: Member) -> Attributions:
+    """What the evaluator of a run kept.
+
+    Raises:
+        StoreError: there is none, or the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+    from scipy.sparse import csr_array
+
+    if not (name := name_of(member)):
+        raise StoreError(
+            f"it kept none; `sae-run eval checkpoint={member.run.path} evaluators=[{TYPE}]` does"
+        )
+    envelope = member.run.evaluators[name]
+    path = folder_of(member) / str(envelope["artifacts"]["arrays"][KEPT])
+    try:
+        found = load_file(path)
+        entries = (found["values"], found["indices"], found["offsets"])
+        shape = (len(found["offsets"]) - 1, int(envelope["sae"]["d_sae"]))
+        matrix = csr_array(entries, shape=shape)
+        matrix.check_format(full_check=True)
+        ids, place, token = (
+            found[key].astype(np.int64) for key in ("example_id", "position", "next_token")
+        )
+        if not len(ids) == len(place) == len(token) == shape[0]:
+            raise ValueError("columns of several lengths")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return Attributions(ids, place, token, matrix)

@@ -1,0 +1,265 @@
+"""What each latent says for the token that comes next: latents by their effect, for comparisons.
+
+Attribution of latent j at token t = activation × logit weight of the next token y = token t + 1,
+
+    a_j(t) = f_j(t) · W_dec[j] · L_t (W_U[:, y] − mean_v W_U[:, v])
+
+after Bricken et al. 2023 (attribution vectors of their logit similarity). The path is the direct
+one: f_j adds W_dec[j] to the last residual stream r_t, past the blocks in between. L_t is the final
+norm's gain, and centring where it centres, over its scale at r_t as the model has it: that scale is
+held, so that what is added to the stream sums to its logit (its derivative would have the whole
+stream sum to 0, as a norm undoes what makes it longer). Without a final norm L_t = 1. The mean over
+the vocabulary is taken off because logits say nothing of a constant that is added to all of them.
+
+Group `attributions`, a safetensors file: rows of whole examples in the order of the pass, at whose
+tokens the SAE was trained and a token follows. example_id, position, next_token [n]; row t owns the
+entries of `indices` (latents) and `values` from offsets[t] to offsets[t + 1].
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from sae_runner.config import Positive
+from sae_runner.errors import ConfigError
+from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators._numbers import NO_ROWS, Scalars
+from sae_runner.evaluators._predictions import precise, predicts
+from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Setting, Spliced
+from sae_runner.models.base import Inputs, Model, SiteInfo
+from sae_runner.saes.base import Latents
+from sae_runner.splice import run
+
+IN_STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+"""Kinds of sites whose vectors are summands, or partial sums, of the last residual stream."""
+N_LOGITS = 2**25
+"""Logits that have a gradient at a time: 128 MB of float32."""
+EQUAL = 1e-3
+"""Logits that differ by less of the largest are those of one stream."""
+ENTRY_BYTES, ROW_BYTES = 8, 24
+
+
+class Batch(NamedTuple):
+    """Attributions of the rows of some examples."""
+
+    example_id: Int64[Tensor, " n"]
+    position: Int64[Tensor, " n"]
+    next_token: Int64[Tensor, " n"]
+    logit: Float[Tensor, " n"]
+    """ℓ_y"""
+    latents: Latents
+    """With attributions as their values."""
+
+    def first(self, n: int) -> "Batch":
+        """The first n rows."""
+        offsets = self.latents.offsets[: n + 1]
+        end, d_sae = int(offsets[-1]), self.latents.d_sae
+        kept = Latents(offsets, self.latents.indices[:end], self.latents.values[:end], d_sae)
+        return Batch(
+            self.example_id[:n], self.position[:n], self.next_token[:n], self.logit[:n], kept
+        )
+
+
+class DirectLogits:
+    """Logits, less their mean over the vocabulary, as they are read from the last residual stream.
+
+    With a norm's scale held, they are affine in the stream: ℓ(r) = h·r + ℓ(0). The gradient g at r
+    is h without its part along r (along r less its mean, where the norm centres), which the norm
+    takes off; that part is what g·r lacks of ℓ(r) − ℓ(0).
+
+    Args:
+        model: with its weights.
+        last: the last residual stream.
+        inputs: a batch, whose first example is run.
+        stream: what `last` holds of the batch.
+    """
+
+    def __init__(
+        self, model: Model, last: SiteInfo, inputs: Inputs, stream: Float[Tensor, "n t d"]
+    ) -> None:
+        self.model, self.last = model, last
+        inputs, stream = inputs.map(lambda tensor: tensor[:1]), stream[:1]
+        nothing, equal = (
+            self._logits(inputs, torch.full_like(stream, fill))[0, 0] for fill in (0.0, 1.0)
+        )
+        self.of_nothing: Float[Tensor, " v"] = nothing - nothing.mean()
+        """ℓ(0)"""
+        size = self._logits(inputs, stream).abs().max()
+        self.centres = bool((equal - nothing).abs().max() <= EQUAL * size)
+        """Whether the final norm takes its mean from the stream."""
+
+    def _logits(self, inputs: Inputs, stream: Float[Tensor, "n t d"]) -> Float[Tensor, "n t v"]:
+        return precise(run(self.model, inputs, self.last, stream).output)
+
+    def weights(
+        self,
+        inputs: Inputs,
+        stream: Float[Tensor, "n t d"],
+        example: Int64[Tensor, " m"],
+        position: Int64[Tensor, " m"],
+        token: Int64[Tensor, " m"],
+    ) -> tuple[Float[Tensor, "m d"], Float[Tensor, " m"]]:
+        """The weights h of a token at each place of a batch, and its logit."""
+        with torch.enable_grad():
+            leaf = stream.detach().requires_grad_()
+            logits = self._logits(inputs, leaf)[example, position]
+            logit = logits.gather(1, token.unsqueeze(1))[:, 0] - logits.mean(1)
+            (slope,) = torch.autograd.grad(logit.sum(), leaf)
+        logit = logit.detach()
+        r, g = (precise(tensor[example, position]) for tensor in (stream, slope))
+        along = r - r.mean(1, keepdim=True) if self.centres else r
+        lacking = logit - self.of_nothing[token] - (g * r).sum(1)
+        share = lacking / along.square().sum(1).clamp_min(torch.finfo(r.dtype).tiny)
+        return g + share.unsqueeze(1) * along, logit
+
+
+@EVALUATORS.register("attribution")
+class Attribution(Evaluator):
+    """Attributions of latents to the next token, on as many held-out rows as fit.
+
+    Args:
+        n_rows: rows at most, of whole examples; `eval.keep_gb` bounds them too.
+    """
+
+    axis = "faithfulness"
+    sizes = ("n_examples",)
+    splices = ("recon",)
+
+    def __init__(self, *, n_rows: Positive) -> None:
+        self.n_rows = n_rows
+
+    def check(self, setting: Setting) -> None:
+        """See `Evaluator.check`: a causal language model, its residual stream, tokens of it."""
+        if predicts(setting.shapes(), setting.dataset) != "tokens":
+            raise ConfigError(
+                "not applicable: it attributes the next token of a causal language model, and this "
+                "model tells classes; use ablation_sparsity"
+            )
+        setting.selection.check_replaceable("this evaluator")
+        if setting.selection.tokens == "last":
+            raise ConfigError("site.tokens=last: no token comes after the last; use all")
+        self.watches(setting)
+
+    def watches(self, setting: Setting) -> Sequence[SiteInfo]:
+        """See `Evaluator.watches`: the last residual stream, which is not seen anyhow."""
+        last = last_stream(setting.shapes(), setting.spliced_site)
+        return [] if last == setting.spliced_site else [last]
+
+    def start(self, context: EvalContext) -> None:
+        """Forget earlier rows."""
+        assert context.setting is not None
+        self.context = context
+        self.last = last_stream(context.setting.shapes(), context.setting.spliced_site)
+        self.batches: list[Batch] = []
+        self.rows_left, self.bytes_left = self.n_rows, context.setting.keep_bytes
+        self.is_full = False
+        self.head: DirectLogits | None = None
+
+    def update_spliced(self, batch: Spliced) -> None:
+        """Keep the attributions of a batch, some examples at a time; the splice is not used."""
+        n_tokens, n_vocab = batch.clean.output.shape[1:]
+        size = max(1, N_LOGITS // (n_tokens * n_vocab))
+        keep = batch.replaced & has_next(batch.inputs, n_tokens).to(batch.replaced.device)
+        for begin in range(0, len(batch.inputs), size):
+            part = slice(begin, begin + size)
+            if not self.is_full and keep[part].any():
+                self._keep(self._attributed(batch, part, keep[part]))
+
+    def _attributed(self, batch: Spliced, part: slice, keep: Bool[Tensor, "n t"]) -> Batch:
+        """The attributions of some of a batch's examples."""
+        context = self.context
+        assert context.model is not None and context.setting is not None
+        model, site = context.model(), context.setting.site
+        inputs = batch.inputs.map(lambda tensor: tensor[part])
+        x = batch.clean.sites[site.name][part][keep]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        stream = batch.clean.sites[self.last.name][part]
+        latents = context.sae.encode_sparse(x)
+        context.spent["sae_encodes"] += len(x)
+        context.spent["partial_forwards"] += len(inputs)
+        example, position = keep.nonzero(as_tuple=True)
+        token = inputs.tensors["tokens"].to(keep.device)[example, position + 1]
+        if self.head is None:
+            self.head = DirectLogits(model, self.last, inputs, stream)
+        weight, logit = self.head.weights(inputs, stream, example, position, token)
+        with torch.enable_grad():
+            values = latents.values.detach().requires_grad_()
+            written = context.sae.decode_scaled(latents.with_values(values))
+            written = context.sae.unscaled(written, x)
+            (slope,) = torch.autograd.grad(written, values, weight.to(written))
+        attributed = (latents.values.detach() * slope).cpu().float()
+        return Batch(
+            inputs.ids.cpu()[example.cpu()], position.cpu(), token.cpu(), logit.cpu(),
+            Latents(
+                latents.offsets.cpu(), latents.indices.cpu().int(), attributed, latents.d_sae
+            ),
+        )  # fmt: skip
+
+    def _keep(self, batch: Batch) -> None:
+        """Keep the examples of a batch that there is room for; none after one that is left out."""
+        rows = torch.arange(1, len(batch.position) + 1)
+        n_bytes = ROW_BYTES * rows + ENTRY_BYTES * batch.latents.offsets[1:]
+        ends = torch.ones(len(rows), dtype=torch.bool)  # Rows that are the last of an example.
+        ends[:-1] = batch.example_id.diff() != 0
+        fit = ends & (rows <= self.rows_left) & (n_bytes <= self.bytes_left)
+        n = int(rows[fit].max()) if fit.any() else 0
+        self.is_full = n < len(rows)
+        if n:
+            self.batches.append(batch.first(n))
+            self.rows_left -= n
+            self.bytes_left -= int(n_bytes[n - 1])
+
+    def finish(self) -> Findings:
+        """Category `attribution`, and the arrays of this module's head."""
+        scalars = Scalars("attribution")
+        n = sum(len(batch.position) for batch in self.batches)
+        scalars.put("n_tokens", n)
+        if not n:
+            for name in ("direct", "logit", "positive_frac"):
+                scalars.null(name, "zero_denominator", NO_ROWS)
+            return Findings({"attribution": scalars.values}, notes=scalars.notes)
+        batches, self.batches = self.batches, []
+        columns = zip(*(batch[:4] for batch in batches), strict=True)
+        example_id, position, next_token, logit = map(torch.cat, columns)
+        latents = Latents.concatenate([batch.latents for batch in batches])
+        values = latents.values.double()
+        scalars.put("n_latents", int((latents.fired > 0).sum()))
+        scalars.ratio("direct", values.sum(), n, NO_ROWS)
+        scalars.ratio("logit", logit.double().sum(), n, NO_ROWS)
+        scalars.ratio("positive_frac", (values > 0).sum(), len(values), "no latent is active")
+        if self.is_full:
+            detail = "further examples are left out; raise n_rows, or eval.keep_gb, to have more"
+            scalars.note("n_tokens", "too_few_examples", detail)
+        arrays = {
+            "example_id": example_id, "position": position.int(), "next_token": next_token.int(),
+            "offsets": latents.offsets, "indices": latents.indices, "values": latents.values,
+        }  # fmt: skip
+        return Findings(
+            {"attribution": scalars.values}, notes=scalars.notes, arrays={"attributions": arrays}
+        )
+
+
+def has_next(inputs: Inputs, n_tokens: int) -> Bool[Tensor, "n t"]:
+    """Where a token and the one after it are no padding, on the CPU."""
+    own = torch.ones(len(inputs), n_tokens, dtype=torch.bool)
+    own = own if inputs.attended is None else inputs.attended.cpu()
+    return own & torch.nn.functional.pad(own[:, 1:], (0, 1))
+
+
+def last_stream(model: Model, site: SiteInfo) -> SiteInfo:
+    """The residual stream after the last block, which a site must be a part of.
+
+    Raises:
+        ConfigError: the model has none, or the site is no part of it.
+    """
+    streams = [info for name, info in model.sites().items() if name.endswith(".resid_post")]
+    kind = site.name.rpartition(".")[2]
+    if not streams or kind not in IN_STREAM or site.d != streams[-1].d:
+        raise ConfigError(
+            f"not applicable: {site.name} adds nothing to a residual stream that logits are read "
+            f"from; use a site of {', '.join(IN_STREAM)}"
+        )
+    return streams[-1]

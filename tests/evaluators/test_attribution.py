@@ -1,0 +1,299 @@
+"""Against NumPy on a small host; a model and its SAE in other coordinates say the same."""
+
+import numpy as np
+import pytest
+import torch
+from host_fixtures import N_BLOCKS, SITE, VOCAB, D, Host, Network
+from numpy.testing import assert_allclose
+from sae_fixtures import build, stats_of
+from scipy.sparse import csr_array
+
+from sae_runner.config import preset
+from sae_runner.errors import ConfigError
+from sae_runner.evaluators import EVALUATORS, attribution
+from sae_runner.evaluators.base import Setting
+from sae_runner.models.base import Inputs, Tap
+from sae_runner.report.attribution import Attributions
+from sae_runner.report.attribution import attribution as compared
+from sae_runner.report.firing import correlations
+from sae_runner.saes import SAES
+from sae_runner.site import TokenSelection
+
+CFG = {"type": "attribution", "n_rows": 1000}
+D_SAE, LAST = 16, f"blocks.{N_BLOCKS - 1}.resid_post"
+
+
+class Normed(Network):
+    """With a final norm: x / √(mean x²)."""
+
+    def norm(self, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+
+    def forward(self, tokens):
+        x = self.embed[tokens]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x) @ self.head
+
+
+class Centred(Normed):
+    """With a final layer norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.linspace(0.5, 2, D, dtype=torch.float64)
+        self.bias = torch.linspace(-3, 1, D, dtype=torch.float64)
+
+    def norm(self, x):
+        return super().norm(x - x.mean(-1, keepdim=True)) * self.gain + self.bias
+
+
+def host_of(network):
+    made = Host()
+    made.network = network()
+    return made
+
+
+@pytest.fixture
+def normed():
+    return host_of(Normed)
+
+
+@pytest.fixture
+def sae():
+    made = build("topk", D, D_SAE)
+    x = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
+    made.initialise(stats_of(x), torch.Generator().manual_seed(1))
+    return made.double()
+
+
+@pytest.fixture
+def texts():
+    """60 texts of 9 tokens."""
+    tokens = torch.randint(1, VOCAB, (60, 9), generator=torch.Generator().manual_seed(5))
+    own = torch.ones(60, 9, dtype=torch.bool)
+    return Inputs(torch.arange(60), {"tokens": tokens}, own, tokens == 0)
+
+
+def entries(arrays):
+    """(example, position, next token, latent, attribution) of every entry."""
+    for row, (begin, end) in enumerate(zip(arrays["offsets"], arrays["offsets"][1:], strict=False)):
+        for i in range(begin, end):
+            where = [int(arrays[name][row]) for name in ("example_id", "position", "next_token")]
+            yield *where, int(arrays["indices"][i]), float(arrays["values"][i])
+
+
+def weights_of(host, inputs, site):
+    """x at a site, and for each token what a vector there adds to the logits, by NumPy."""
+    with torch.no_grad():
+        seen = host.record(inputs, list(dict.fromkeys([site, LAST])))
+    r, head = seen[LAST].numpy(), host.network.head.detach().numpy()
+    head = head - head.mean(1, keepdims=True)
+    norm = np.broadcast_to(np.eye(D), (*r.shape[:2], D, D))
+    if isinstance(host.network, Centred):
+        centre = np.eye(D) - 1 / D
+        norm = centre * host.network.gain.numpy() / r.std(-1)[..., None, None]
+    elif isinstance(host.network, Normed):
+        norm = norm / np.sqrt((r**2).mean(-1))[..., None, None]
+    return seen[site], norm @ head
+
+
+@pytest.mark.parametrize("site", [SITE, "blocks.1.mlp_out", LAST, "blocks.0.resid_pre"])
+@pytest.mark.parametrize("n_logits", [2**25, 1])
+@pytest.mark.parametrize("network", [Network, Normed, Centred])
+def test_every_attribution_is_that_of_numpy(
+    measure_spliced, inputs, sae, network, site, n_logits, monkeypatch
+):
+    monkeypatch.setattr(attribution, "N_LOGITS", n_logits)
+    of = host_of(network)
+    found = measure_spliced(CFG, sae, [inputs], host=of, site=site)
+    x, weights = weights_of(of, inputs, site)
+    decoder = (sae.W_dec / sae.input_scale).detach().numpy()
+    seen = {}
+    for example, t, token, latent, value in entries(found.arrays["attributions"]):
+        assert token == inputs.tensors["tokens"][example, t + 1]
+        f = sae.encode(x[example, t][None])[0, latent].item()
+        assert f > 0
+        assert_allclose(value, f * decoder[latent] @ weights[example, t][:, token], rtol=1e-5)
+        seen.setdefault((example, t), []).append(latent)
+    # Position 0 is dropped; the last token of a text has none after it.
+    assert set(seen) == {(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)}
+    for (example, t), latents in seen.items():
+        assert latents == sae.encode(x[example, t][None])[0].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("network", [Network, Normed, Centred])
+def test_all_that_is_in_the_stream_sums_to_the_logit(inputs, network):
+    of = host_of(network)
+    with torch.no_grad():
+        stream, whole = of.record(inputs, [LAST])[LAST], of.forward(inputs)
+        head = attribution.DirectLogits(of, of.sites()[LAST], inputs, stream)
+        at = torch.tensor([0, 1, 2]), torch.tensor([3, 0, 1]), torch.tensor([5, 2, 8])
+        weights, logit = head.weights(inputs, stream, *at)
+    assert head.centres == (network is Centred)
+    assert_allclose(logit, whole[at] - whole[at[:2]].mean(1))
+    bias = getattr(of.network, "bias", torch.zeros(D).double()) @ of.network.head.detach()
+    said = (weights * stream[at[:2]]).sum(1)
+    assert_allclose(said, logit - (bias - bias.mean())[at[2]], rtol=1e-9)
+
+
+def test_the_metrics_are_sums_of_what_is_kept(measure_spliced, normed, inputs, sae):
+    found = measure_spliced(CFG, sae, [inputs], host=normed)
+    values = np.array([entry[4] for entry in entries(found.arrays["attributions"])])
+    metrics = found.metrics["attribution"]
+    assert metrics["n_tokens"] == 6 and found.notes == []
+    assert metrics["n_latents"] == len({e[3] for e in entries(found.arrays["attributions"])})
+    assert_allclose(metrics["direct"], values.sum() / 6)
+    assert_allclose(metrics["positive_frac"], (values > 0).mean())
+    with torch.no_grad():
+        logits = normed.forward(inputs)
+    logits = logits - logits.mean(2, keepdim=True)
+    tokens = inputs.tensors["tokens"]
+    rows = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)]
+    assert_allclose(metrics["logit"], np.mean([logits[e, t, tokens[e, t + 1]] for e, t in rows]))
+
+
+@pytest.mark.parametrize("scaling", ["sqrt_d", "layer_norm", "whitening"])
+def test_latents_count_in_the_units_of_the_site(measure_spliced, host, inputs, scaling):
+    coder = build("topk", D, D_SAE, input_scaling=scaling)
+    sample = 5 + 3 * torch.randn(64, D, generator=torch.Generator().manual_seed(0))
+    coder.initialise(stats_of(sample), torch.Generator().manual_seed(1))
+    coder = coder.double()
+    found = measure_spliced(CFG, coder, [inputs], host=host)
+    x, weights = weights_of(host, inputs, SITE)
+    for example, t, token, latent, value in entries(found.arrays["attributions"]):
+        row = x[example, t][None]
+        acts = coder.encode(row).detach()
+        without = acts.clone()
+        without[0, latent] = 0
+        part, rest = (coder.unscaled(coder.decode_scaled(a), row) for a in (acts, without))
+        alone = (part - rest).detach().numpy()[0]
+        assert_allclose(value, alone @ weights[example, t][:, token], rtol=1e-5)
+
+
+def test_a_transcoders_latents_add_to_what_it_predicts(measure_spliced, host, inputs):
+    cfg = preset("sae", "transcoder") | {"d_sae": D_SAE, "expansion": None, "k": 3, "skip": True}
+    coder = SAES.build(cfg, d_in=D, d_out=D)
+    sample = torch.randn(64, 2 * D, generator=torch.Generator().manual_seed(0))
+    coder.initialise(stats_of(sample), torch.Generator().manual_seed(1))
+    coder = coder.double()
+    found = measure_spliced(CFG, coder, [inputs], host=host, target="blocks.1.mlp_out")
+    x, weights = weights_of(host, inputs, SITE)
+    decoder = (coder.W_dec / coder.target_scale).detach().numpy()
+    for example, t, token, latent, value in entries(found.arrays["attributions"]):
+        f = coder.encode(x[example, t][None])[0, latent].item()
+        assert_allclose(value, f * decoder[latent] @ weights[example, t][:, token], rtol=1e-5)
+
+
+def test_batches_change_nothing(measure_spliced, normed, texts, sae):
+    whole = measure_spliced(CFG, sae, [texts], host=normed).arrays["attributions"]
+    parts = measure_spliced(CFG, sae, texts.split(7), host=normed).arrays["attributions"]
+    for name, column in whole.items():
+        assert_allclose(parts[name], column, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [60, 4, 1])
+def test_as_many_whole_examples_are_kept_as_fit(
+    measure_spliced, normed, texts, sae, size, monkeypatch
+):
+    whole = measure_spliced(CFG, sae, [texts], host=normed).arrays["attributions"]
+    cfg, batches = CFG | {"n_rows": 7 * 5 + 6}, texts.split(size)  # 7 rows an example.
+    found = measure_spliced(cfg, sae, batches, host=normed)
+    kept = found.arrays["attributions"]
+    assert found.metrics["attribution"]["n_tokens"] == len(kept["position"]) == 35
+    assert [note.code for note in found.notes] == ["too_few_examples"]
+    for name, column in kept.items():
+        assert_allclose(column, whole[name][: len(column)], rtol=1e-6, err_msg=name)
+    assert kept["offsets"][-1] == len(kept["values"])
+    monkeypatch.setattr(attribution, "ROW_BYTES", 2 * 10**9 // 15)  # Of `keep_bytes`: 14 rows.
+    found = measure_spliced(CFG, sae, batches, host=normed)
+    assert found.metrics["attribution"]["n_tokens"] == 14
+    found = measure_spliced(CFG | {"n_rows": 6}, sae, batches, host=normed)
+    assert found.metrics["attribution"]["n_tokens"] == 0
+    assert found.metrics["attribution"]["direct"] is None and not found.arrays
+
+
+def turned(host, sae, Q, order):
+    """The host with Q x for x everywhere, the SAE that reads it so, its latents in some order."""
+    other = Host()
+    other.network = type(host.network)()
+    with torch.no_grad():
+        other.network.embed.copy_(host.network.embed @ Q)
+        other.network.head.copy_(Q.T @ host.network.head)
+        for mine, block in zip(other.network.blocks, host.network.blocks, strict=True):
+            mine.weight.copy_(Q.T @ block.weight)
+            mine.mlp = torch.nn.Linear(D, D, bias=False, dtype=torch.float64)
+            mine.mlp.weight.copy_(Q.T)
+        coder = build("topk", D, D_SAE).double()
+        coder.load_state_dict(sae.state_dict())
+        coder.W_enc_rows.copy_((sae.W_enc_rows @ Q)[order])
+        coder.W_dec.copy_((sae.W_dec @ Q)[order])
+        coder.b_enc.copy_(sae.b_enc[order])
+        coder.b_dec.copy_(sae.b_dec @ Q)
+    return other, coder
+
+
+def kept_by(findings):
+    arrays = {k: v.numpy() for k, v in findings.arrays["attributions"].items()}
+    matrix = csr_array((arrays["values"], arrays["indices"], arrays["offsets"]),
+                       shape=(len(arrays["position"]), D_SAE))  # fmt: skip
+    columns = (arrays[name].astype(np.int64) for name in ("example_id", "position", "next_token"))
+    return Attributions(*columns, matrix)
+
+
+def test_in_other_coordinates_latents_say_the_same_up_to_their_order(
+    measure_spliced, normed, texts, sae
+):
+    generator = torch.Generator().manual_seed(2)
+    Q = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64)).Q
+    order = torch.randperm(D_SAE, generator=generator)
+    other, coder = turned(normed, sae, Q, order)
+    assert_allclose(other.forward(texts).detach(), normed.forward(texts).detach(), rtol=1e-9)
+    one, two = (
+        kept_by(measure_spliced(CFG, s, [texts], host=h))
+        for h, s in ((normed, sae), (other, coder))
+    )
+    ((_, rho),) = correlations(one.matrix.astype(float), two.matrix.astype(float))
+    fires = ~np.isnan(rho).all(1)
+    assert fires.sum() > D_SAE / 2
+    for k, j in enumerate(order.tolist()):
+        if fires[j]:
+            assert np.nanargmax(rho[:, k]) == j and rho[j, k] == pytest.approx(1, abs=1e-5)
+    found, why = compared(one, two, seed=0)
+    assert not why and found["n_units"] == 60 * 7 and found["n_other_token"] == 0
+    assert found["max_corr_quantiles_12"]["0.05"] == pytest.approx(1, abs=1e-5)
+    assert found["frac_above_half_21"] == 1 and found["frac_above_half_shuffled_12"] < 0.1
+    assert found["n_constant_1"] == found["n_constant_2"] == (~fires).sum()
+    # Of another model with the same texts it is chance, or little more.
+    torch.nn.init.normal_(other.network.head, generator=generator)
+    stranger = kept_by(measure_spliced(CFG, coder, [texts], host=other))
+    apart, _ = compared(one, stranger, seed=0)
+    assert apart["max_corr_mean_12"] < 0.6 < found["max_corr_mean_12"]
+
+
+@pytest.mark.parametrize(
+    ("output", "tokens", "site", "message"),
+    [
+        ("features", "all", SITE, "gives no logits"),
+        ("class_logits", "all", SITE, "this model tells classes; use ablation_sparsity"),
+        ("token_logits", "mean", SITE, r"site\.tokens=mean"),
+        ("token_logits", "last", SITE, r"site\.tokens=last: no token comes after the last"),
+        ("token_logits", "all", "blocks.0.mlp_act", "mlp_act adds nothing to a residual stream"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_ahead(
+    make_labels, output, tokens, site, message, monkeypatch
+):
+    host, taps = Host(), Host().taps()
+    monkeypatch.setattr(host, "taps", lambda: {"blocks.0.mlp_act": Tap("blocks.0.mlp"), **taps})
+    host.output = output
+    setting = Setting(make_labels(), lambda: host, host.sites()[site], TokenSelection(tokens))
+    with pytest.raises(ConfigError, match=message):
+        EVALUATORS.build(CFG).check(setting)
+
+
+def test_an_encoder_is_refused_ahead(host, make_labels):
+    host.causal = False
+    setting = Setting(make_labels(), lambda: host, host.sites()[SITE], TokenSelection("all"))
+    with pytest.raises(ConfigError, match="fills in masked tokens"):
+        EVALUATORS.build(CFG).check(setting)
