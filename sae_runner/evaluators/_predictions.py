@@ -1,7 +1,10 @@
 """What a model predicts, whichever way it says it: logits of tokens, of classes, of class names.
 
-- A causal language model predicts the token that follows: at every t where t and t + 1 are no
-  padding, logits [V] with token t + 1 as the target.
+- A causal language model predicts the token that follows: logits [V] with token t + 1 as the
+  target, at every t from the first replaced token on where t and t + 1 are no padding. What comes
+  before it sees nothing of what is replaced: its predictions stay what they are (KL 0), and would
+  only dilute the means, by 1/127 in rows of 128 tokens of which the first is never replaced
+  (SAELens leaves out, likewise, predictions at the tokens that it does not replace).
 - A classifier predicts a class: logits [C] of each example, with its label as the target where the
   dataset's classes are as many as the model's.
 - A model with a text tower predicts a class by its name: scale · cos(v, t_c) + bias of the image
@@ -103,11 +106,14 @@ class Head:
         v = torch.nn.functional.normalize(precise(output), dim=1)
         return self.scale * (v @ self.classes.to(v).T) + self.bias
 
-    def places(self, inputs: Inputs, logits: Tensor, touched: Bool[Tensor, " n"]) -> Places:
-        """Every place that is predicted at, of the examples that are `touched`."""
-        touched = touched.to(logits.device)
+    def places(self, inputs: Inputs, logits: Tensor, replaced: Bool[Tensor, "n t"]) -> Places:
+        """Every place that is predicted at and can be changed by what is `replaced`.
+
+        An example in which nothing is has none: it has no rows, and says nothing of the SAE.
+        """
+        replaced = replaced.to(logits.device)
         if self.kind != "tokens":
-            example = touched.nonzero()[:, 0]
+            example = replaced.any(1).nonzero()[:, 0]
             if inputs.labels is None or self.unlabelled(logits):
                 return Places(example, None, torch.full_like(example, -1))
             return Places(example, None, inputs.labels.to(logits.device)[example])
@@ -115,7 +121,8 @@ class Head:
         own = torch.ones_like(tokens, dtype=torch.bool)
         if inputs.attended is not None:
             own = inputs.attended.to(logits.device)
-        predicted = own[:, :-1] & own[:, 1:] & touched.unsqueeze(1)
+        reached = replaced.cumsum(1) > 0
+        predicted = (own & reached)[:, :-1] & own[:, 1:]
         example, position = predicted.nonzero(as_tuple=True)
         return Places(example, position, tokens[example, position + 1].long())
 

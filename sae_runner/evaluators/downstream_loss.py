@@ -2,7 +2,7 @@
 
 With p the clean predictions, p_s those with the reconstruction, p_z and p_m those with zeros and
 with the training rows' mean in the place of the same tokens; means over all places that are
-predicted at (see `_predictions`), ratios of sums:
+predicted at and that a replaced token can reach (see `_predictions`), ratios of sums:
 
     kl, kl_zero, kl_mean   mean KL(p ‖ p_s), KL(p ‖ p_z), KL(p ‖ p_m), nats
     kl_score_zero          (kl_zero − kl) / kl_zero                  kl_score_mean likewise
@@ -40,7 +40,7 @@ from sae_runner.evaluators._bootstrap import (
     intervals,
     ratio_of,
 )
-from sae_runner.evaluators._numbers import NO_ROWS, Scalars
+from sae_runner.evaluators._numbers import Scalars
 from sae_runner.evaluators._predictions import Head, among_first, head_of, judge, predicts
 from sae_runner.evaluators.base import (
     Axis,
@@ -55,6 +55,7 @@ from sae_runner.models._text import check_templates
 
 LEAST_NATS, LEAST_ACCURACY = 1e-6, 0.01
 """Denominators of recovered shares that are still divided by."""
+NO_PLACES = "nothing that is predicted comes after a replaced token"
 FIRST = 5
 ABLATIONS: tuple[SpliceKind, ...] = ("zero", "mean")
 KINDS: tuple[SpliceKind, ...] = ("recon", *ABLATIONS)
@@ -72,6 +73,7 @@ class DownstreamLoss(Evaluator):
     """
 
     axis: ClassVar[Axis] = "faithfulness"
+    version = "2"  # 1 counted a language model's places before the first replaced token too.
     sizes = ("n_examples",)
     splices = KINDS
 
@@ -110,8 +112,7 @@ class DownstreamLoss(Evaluator):
         head, kind = self.head, batch.kind
         clean, spliced = head.logits(batch.clean.output), head.logits(batch.run.output)
         self.unlabelled = head.unlabelled(clean)
-        # An example in which nothing is replaced has no rows, and says nothing of the SAE.
-        places = head.places(batch.inputs, clean, batch.replaced.any(1))
+        places = head.places(batch.inputs, clean, batch.replaced)
         found, known = judge(clean, spliced, places), (places.target >= 0).double()
         sums = {f"kl_{kind}": found.kl, f"ce_{kind}": found.ce, f"right_{kind}": found.right}
         if head.kind == "names":
@@ -132,7 +133,7 @@ class DownstreamLoss(Evaluator):
         sums = self.clusters.seen("places")
         untargeted = self.unlabelled
         if not untargeted and not sums["labelled"].sum():
-            untargeted = "no example with a label" if len(sums["labelled"]) else NO_ROWS
+            untargeted = "no example with a label" if len(sums["labelled"]) else NO_PLACES
         categories = [Category("downstream_loss", sums)]
         self._losses(categories[0], untargeted)
         if self.kind == "names":
@@ -210,7 +211,7 @@ class Category(Scalars):
         """A mean; null where there is nothing to take it of, or `absent` says why."""
         if absent or not self.totals["places"][0]:
             code = "not_applicable" if absent else "zero_denominator"
-            self.null(name, code, absent or NO_ROWS)
+            self.null(name, code, absent or NO_PLACES)
         elif self.put(name, float(statistic(self.totals)[0])) is not None:
             self.statistics[f"{self.category}.{name}"] = statistic
 

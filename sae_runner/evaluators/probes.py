@@ -76,6 +76,7 @@ class Probes(Evaluator):
     """
 
     axis = "both"
+    version = "2"  # 1 took a token that begins a row or a document for the first word of a text.
     sizes = ()
 
     def __init__(

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS, _predictions
-from sae_runner.evaluators._predictions import Places, head_of, judge
+from sae_runner.evaluators._predictions import Head, Places, head_of, judge
 from sae_runner.evaluators.base import Setting
 from sae_runner.evaluators.downstream_loss import Category, gap
 from sae_runner.models._text import TextTower
@@ -27,8 +27,8 @@ def shrink(x):
     return 0.5 * x + 0.3
 
 
-def turn(x):
-    return 0.3 - 0.5 * x
+def squash(x):
+    return 0.2 * x + 0.3
 
 
 class Tower(Host, TextTower):
@@ -96,12 +96,13 @@ def test_a_token_that_is_masked_out_adds_nothing_and_half_precision_is_left():
 
 
 def test_every_metric_is_that_of_numpy(measure_spliced, inputs, replaced):
-    found = measure_spliced(CFG, turn, [inputs]).metrics["downstream_loss"]
+    found = measure_spliced(CFG, squash, [inputs]).metrics["downstream_loss"]
     tokens, own = inputs.tensors["tokens"].numpy(), inputs.attended.numpy()
     at = own[:, :-1] & own[:, 1:]
+    at[:, 0] = False  # The first token is never replaced.
     target = tokens[:, 1:][at]
     runs = {
-        "clean": lambda x: x, "recon": turn, "zero": np.zeros_like,
+        "clean": lambda x: x, "recon": squash, "zero": np.zeros_like,
         "mean": lambda x: np.full_like(x, 0.25),
     }  # fmt: skip
     lp = {name: log_softmax(replaced(c)[0], axis=-1)[:, :-1][at] for name, c in runs.items()}
@@ -123,19 +124,60 @@ def test_every_metric_is_that_of_numpy(measure_spliced, inputs, replaced):
         **{f"top1_acc_{name}": (rows == target).mean() for name, rows in first.items()},
     }  # fmt: skip
     assert found.keys() == expected.keys()
-    assert kl["recon"] > 0.01 and expected["n_predictions"] == 9
+    assert kl["recon"] > 0.01 and expected["n_predictions"] == 6
     assert 0 < expected["top1_agreement"] < 1
     for name, value in expected.items():
         assert_allclose(found[name], value, rtol=1e-9, err_msg=name)
 
 
 def test_cross_entropy_is_pytorchs(measure_spliced, inputs, host):
-    found = measure_spliced(CFG, shrink, [inputs]).metrics["downstream_loss"]
+    every = TokenSelection("all", drop_special=False)
+    found = measure_spliced(CFG, shrink, [inputs], selection=every).metrics["downstream_loss"]
     tokens = inputs.tensors["tokens"]
     logits = host.forward(inputs)[:, :-1]
     target = torch.where(inputs.attended[:, 1:], tokens[:, 1:], -100)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
     assert_allclose(found["ce_clean"], expected.detach(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_places_before_the_first_replaced_token_do_not_count(
+    measure_spliced, inputs, host, reference, position
+):
+    one = TokenSelection("positions", positions=(position,), drop_special=False)
+    keep = one.mask(host.sites()[SITE], inputs, 5).numpy()[:, :, None]
+    tokens, own = inputs.tensors["tokens"].numpy(), inputs.attended.numpy()
+    clean = log_softmax(reference(host, tokens)[0], axis=-1)
+    other = reference(host, tokens, lambda x: np.where(keep, squash(x), x))[0]
+    kl = (np.exp(clean) * (clean - log_softmax(other, axis=-1))).sum(-1)
+    assert not kl[:, :position].any() and kl[0, position:].all()  # What comes later is changed.
+    at = (own[:, :-1] & own[:, 1:])[:, position:]
+    ce = -np.take_along_axis(clean[:, :-1], tokens[:, 1:, None], 2)[:, position:, 0]
+    found = measure_spliced(CFG, squash, [inputs], selection=one).metrics["downstream_loss"]
+    assert found["n_predictions"] == at.sum() == {0: 9, 1: 6, 2: 3}[position]
+    assert_allclose(found["kl"], kl[:, position:-1][at].mean(), rtol=1e-9)
+    assert_allclose(found["ce_clean"], ce[at].mean(), rtol=1e-9)
+
+
+def test_places_are_counted_from_where_a_token_is_replaced_padding_on_the_left_or_not():
+    tokens = torch.arange(1, 13).view(2, 6)
+    own = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    replaced = torch.tensor([[0, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    inputs = Inputs(torch.arange(2), {"tokens": tokens}, own)
+    found = Head("tokens", 0).places(inputs, torch.zeros(2, 6, 3), replaced)
+    assert found.example.tolist() == [0, 0, 1, 1]
+    assert found.position.tolist() == [3, 4, 2, 3]
+    assert found.target.tolist() == [5, 6, 10, 11]
+
+
+def test_where_only_the_last_token_is_replaced_nothing_is_predicted(measure_spliced, inputs):
+    last = TokenSelection("last")
+    found = measure_spliced(CFG | {"n_bootstrap": 100}, shrink, [inputs], selection=last)
+    values = found.metrics["downstream_loss"]
+    assert values.pop("n_predictions") == 0 and set(values.values()) == {None}
+    assert {note.detail for note in found.notes} == {
+        "nothing that is predicted comes after a replaced token"
+    }
 
 
 @pytest.mark.parametrize(
@@ -169,7 +211,9 @@ def test_batches_their_order_and_slabs_change_nothing(measure_spliced, inputs, m
     assert kl["lo"] < kl["hi"]
 
 
-def test_an_example_in_which_nothing_is_replaced_is_left_out(measure_spliced, inputs):
+@pytest.mark.parametrize("output", ["token_logits", "class_logits"])
+def test_an_example_in_which_nothing_is_replaced_is_left_out(measure_spliced, inputs, host, output):
+    host.output = output
     short = Inputs(
         torch.tensor([7]), {"tokens": torch.tensor([[0, 0, 0, 0, 0]])},
         torch.tensor([[True, True, False, False, False]]), torch.ones(1, 5, dtype=torch.bool),
