@@ -27,7 +27,7 @@ from sae_runner.config import Positive
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
 from sae_runner.evaluators._numbers import NO_ROWS, Scalars
-from sae_runner.evaluators._predictions import precise, predicts
+from sae_runner.evaluators._predictions import precise
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Setting, Spliced
 from sae_runner.models.base import Inputs, Model, SiteInfo
 from sae_runner.saes.base import Latents
@@ -133,10 +133,11 @@ class Attribution(Evaluator):
 
     def check(self, setting: Setting) -> None:
         """See `Evaluator.check`: a causal language model, its residual stream, tokens of it."""
-        if predicts(setting.shapes(), setting.dataset) != "tokens":
+        model = setting.shapes()
+        if model.output != "token_logits" or not model.causal:
             raise ConfigError(
-                "not applicable: it attributes the next token of a causal language model, and this "
-                "model tells classes; use ablation_sparsity"
+                "not applicable: it attributes the next token, which takes the logits of a causal "
+                "language model; `sae-run report compare=[firing]` compares latents of any"
             )
         setting.selection.check_replaceable("this evaluator")
         if setting.selection.tokens == "last":

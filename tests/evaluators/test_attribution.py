@@ -274,8 +274,13 @@ def test_in_other_coordinates_latents_say_the_same_up_to_their_order(
 @pytest.mark.parametrize(
     ("output", "tokens", "site", "message"),
     [
-        ("features", "all", SITE, "gives no logits"),
-        ("class_logits", "all", SITE, "this model tells classes; use ablation_sparsity"),
+        (
+            "features",
+            "all",
+            SITE,
+            r"takes the logits of a causal language model; .*compare=\[firing\]",
+        ),
+        ("class_logits", "all", SITE, "takes the logits of a causal language model"),
         ("token_logits", "mean", SITE, r"site\.tokens=mean"),
         ("token_logits", "last", SITE, r"site\.tokens=last: no token comes after the last"),
         ("token_logits", "all", "blocks.0.mlp_act", "mlp_act adds nothing to a residual stream"),
@@ -295,5 +300,5 @@ def test_what_cannot_be_served_is_refused_ahead(
 def test_an_encoder_is_refused_ahead(host, make_labels):
     host.causal = False
     setting = Setting(make_labels(), lambda: host, host.sites()[SITE], TokenSelection("all"))
-    with pytest.raises(ConfigError, match="fills in masked tokens"):
+    with pytest.raises(ConfigError, match="takes the logits of a causal"):
         EVALUATORS.build(CFG).check(setting)
