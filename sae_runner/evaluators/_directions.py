@@ -5,25 +5,34 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 CHUNK_BYTES = 2**26
+ROWS_AT_ONCE = 4096
 
 
 def unit_rows(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "m d"], Int64[Tensor, " m"]]:
     """Rows of norm 1 in float32, and which rows they are: those that are not zero."""
-    norms = rows.detach().double().norm(dim=1)
+    rows = rows.detach()
+    # Some at a time: all of them in float64 would take more than what comes of them.
+    norms = torch.cat([part.double().norm(dim=1) for part in torch.split(rows, ROWS_AT_ONCE)])
     kept = (norms > 0).nonzero().squeeze(1)
-    return (rows.detach()[kept].double() / norms[kept].unsqueeze(1)).float(), kept
+    units = rows.new_empty(len(kept), rows.shape[1], dtype=torch.float32)
+    parts = (torch.split(tensor, ROWS_AT_ONCE) for tensor in (units, kept))
+    for unit, which in zip(*parts, strict=True):
+        unit.copy_(rows[which].double() / norms[which].unsqueeze(1))
+    return units, kept
 
 
 def max_cosines(unit: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """Max over k ≠ j of u_j · u_k; at least two rows."""
-    found = []
+    """Max over k ≠ j of u_j · u_k; at least two rows. Each pair is multiplied once."""
+    best = unit.new_full((len(unit),), -torch.inf)
     step = max(1, CHUNK_BYTES // (4 * len(unit)))
     for start in range(0, len(unit), step):
-        cosines = unit[start : start + step] @ unit.T
+        cosines = unit[start : start + step] @ unit[start:].T
         own = torch.arange(len(cosines), device=unit.device)
-        cosines[own, own + start] = -torch.inf
-        found.append(cosines.max(1).values)
-    return torch.cat(found)
+        cosines[own, own] = -torch.inf
+        for found, of in ((cosines.amax(1), slice(start, start + step)),
+                          (cosines.amax(0), slice(start, None))):  # fmt: skip
+            best[of] = torch.maximum(best[of], found)
+    return best
 
 
 def mean_cosine_within(unit: Float[Tensor, "n d"]) -> float:

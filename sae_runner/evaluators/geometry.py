@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sae_runner.evaluators import EVALUATORS
-from sae_runner.evaluators._directions import max_cosines, unit_rows
+from sae_runner.evaluators._directions import ROWS_AT_ONCE, max_cosines, unit_rows
 from sae_runner.evaluators._numbers import Scalars
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows
 
@@ -100,7 +100,8 @@ def own_cosines(
     dec_latents: Int64[Tensor, " m"],
 ) -> tuple[Int64[Tensor, " k"], Float[Tensor, " k"]]:
     """ê_j · d̂_j of the latents that have both."""
-    both = torch.isin(enc_latents, dec_latents)
-    of_dec = torch.searchsorted(dec_latents, enc_latents[both])
-    one, other = enc[both.to(enc.device)], dec[of_dec.to(dec.device)]
-    return enc_latents[both], torch.linalg.vecdot(one, other).cpu()
+    of_enc = torch.isin(enc_latents, dec_latents).nonzero().squeeze(1)
+    of_dec = torch.searchsorted(dec_latents, enc_latents[of_enc])
+    parts = (torch.split(at.to(enc.device), ROWS_AT_ONCE) for at in (of_enc, of_dec))
+    cosines = [torch.linalg.vecdot(enc[i], dec[j]) for i, j in zip(*parts, strict=True)]
+    return enc_latents[of_enc], torch.cat(cosines).cpu()

@@ -4,7 +4,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sae_runner.config import config_dir
-from sae_runner.evaluators import EVALUATORS, _directions
+from sae_runner.evaluators import EVALUATORS, _directions, geometry
 from sae_runner.evaluators._directions import (
     first_component_share,
     max_cosines,
@@ -35,6 +35,8 @@ def run(measure, W_dec, W_enc=None, *, of="all", fired=None, **more):
 
 def test_cosines_are_those_of_numpy_over_whole_matrices(measure, monkeypatch):
     monkeypatch.setattr(_directions, "CHUNK_BYTES", 4 * 50 * 7)
+    for module in (_directions, geometry):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 8)
     W_dec, W_enc = drawn(50, 8), drawn(50, 8, 1)
     found = run(measure, W_dec, W_enc)
     wanted = {}
