@@ -9,7 +9,8 @@ examples, each latent at its strongest, where the two sites cut an example diffe
 after Bricken et al. 2023, activation similarity. Latents that are constant over the units, such as
 those that never fire, are left out and counted. The baseline is the same with one side's examples
 shuffled: within each position, rows are dealt to other examples, so that what is left is chance
-and what depends on the position alone.
+and what depends on the position alone. Examples are dealt to others of about as many rows: the
+greatest of many values is greater, so that a long text has higher peaks in any two models.
 
 Neurons, the raw coordinates x_j of the two sites, are a second baseline: the same maxima over the
 same units with x for f (an example's greatest x_j, where units are examples). They are dense, and
@@ -28,6 +29,8 @@ CELLS = 2**23
 """Correlations that are in memory at a time: 64 MB."""
 ROWS_AT_ONCE = 4096
 """Of neurons."""
+MOST_STRATA, LEAST_IN_ONE = 32, 64
+"""Of examples, by their number of rows."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HIGH = 0.5
 Vector = npt.NDArray[np.float64]
@@ -40,7 +43,7 @@ class Units(NamedTuple):
     """scipy CSR [n, d_sae] in float64."""
     two: Any
     stratum: npt.NDArray[np.int64]
-    """Within which units may be shuffled: the position, or 0 for examples."""
+    """Within which units may be shuffled: the position, or of examples the length."""
     of_one: npt.NDArray[np.int64]
     """Their numbers among the units of the first SAE."""
     of_two: npt.NDArray[np.int64]
@@ -118,7 +121,8 @@ def common_units(one: Codes, two: Codes, *, by_row: bool) -> Units:
         return Units(
             rows_of(one)[of_one], rows_of(two)[of_two], stratum, of_one, of_two
         )  # fmt: skip
-    stratum = np.zeros(len(of_one), np.int64)
+    sizes = [np.bincount(codes.slot.numpy(), minlength=codes.n_examples) for codes in (one, two)]
+    stratum = strata(sizes[0][of_one] + sizes[1][of_two])
     return Units(by_example(one)[of_one], by_example(two)[of_two], stratum, of_one, of_two)
 
 
@@ -141,6 +145,14 @@ def by_example(codes: Codes) -> Any:
     return csr_array(
         (best, (cells // codes.d_sae, cells % codes.d_sae)), shape=(codes.n_examples, codes.d_sae)
     )
+
+
+def strata(size: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Classes of units of about one size, as even as units of the same size allow."""
+    n = max(1, min(MOST_STRATA, len(size) // LEAST_IN_ONE))
+    bounds = np.sort(size)[np.arange(1, n) * len(size) // n]
+    found: npt.NDArray[np.int64] = np.searchsorted(np.unique(bounds), size, side="right")
+    return found
 
 
 def shuffle(stratum: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:

@@ -25,9 +25,9 @@ SIMILARITY_ABOUT = (
 FIRING_ABOUT = (
     "Correlation over the same held-out examples. max_corr: mean over the first run's latents of "
     "the greatest correlation with one of the second's (→), and the other way round (←); shuffled: "
-    "the same with the second's examples shuffled, which is chance; neurons: the same of the raw "
-    "coordinates of the two sites. > .5: share of latents with a "
-    "partner above 0.5."
+    "the same with the second's examples shuffled (within a position, or among examples of about "
+    "one length), which is chance; neurons: the same of the raw coordinates of the two sites. "
+    "> .5: share of latents with a partner above 0.5."
 )
 ATTRIBUTION_ABOUT = (
     "Correlation of what latents say for the next token (activation times logit weight of that "
@@ -65,7 +65,9 @@ def similarity_section(
 def firing_section(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> Section:
     """A row for each pair of runs."""
     with_neurons = any("max_corr_mean_neurons_12" in record for record in records)
-    neurons = {"neurons →": "max_corr_mean_neurons_12", "neurons ←": "max_corr_mean_neurons_21"}
+    neurons = {"neurons →": "max_corr_mean_neurons_12", "neurons ←": "max_corr_mean_neurons_21",
+               "shuffled neurons →": "max_corr_mean_neurons_shuffled_12",
+               "shuffled neurons ←": "max_corr_mean_neurons_shuffled_21"}  # fmt: skip
     neurons = neurons if with_neurons else {}
     return _correlations(
         "firing", "Latents that fire together", FIRING_ABOUT, records, notes, neurons

@@ -12,6 +12,7 @@ from sae_runner.report.firing import (
     max_correlations,
     max_correlations_of_neurons,
     shuffle,
+    strata,
 )
 from sae_runner.saes._latents import Latents
 
@@ -123,6 +124,43 @@ def test_shuffling_keeps_what_depends_on_the_position_alone() -> None:
     assert sorted(permutation) == list(range(8))
     assert (stratum[permutation] == stratum).all()
     assert (permutation != np.arange(8)).any()
+
+
+def test_shuffling_keeps_what_the_length_of_an_example_makes_of_peaks() -> None:
+    """Two unrelated models: dense coordinates are greater at most in texts of more tokens."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 41, (640,), generator=generator)
+    ids = torch.arange(640).repeat_interleave(sizes)
+    place = torch.cat([torch.arange(int(n)) for n in sizes])
+    made, peaks = [], []
+    for seed in (0, 1):
+        x = torch.randn(len(ids), 6, generator=generator)
+        made.append(codes(sparse(len(ids), 6, seed), ids, place))
+        best = torch.full((640, 6), -torch.inf)
+        best.scatter_reduce_(0, ids[:, None].expand_as(x), x, "amax")
+        peaks.append(best.numpy())
+    found = firing(made[0], made[1], by_row=False, seed=0, neurons=peaks)
+    for way in ("12", "21"):
+        real, chance = (found[f"max_corr_mean_neurons_{s}{way}"] for s in ("", "shuffled_"))
+        assert 0.4 < real < 1.15 * chance
+        assert found[f"max_corr_mean_{way}"] < 1.2 * found[f"max_corr_mean_shuffled_{way}"]
+    at, anywhere = np.arange(640), np.random.default_rng(0).permutation(640)
+    dealt_freely, _ = max_correlations_of_neurons((peaks[0], at), (peaks[1], anywhere))
+    assert dealt_freely.mean() < 0.15
+
+
+def test_strata_are_of_about_one_size_and_equal_sizes_share_theirs() -> None:
+    size = np.random.default_rng(0).integers(1, 30, 640)
+    found = strata(size)
+    for s in np.unique(size):
+        assert len(np.unique(found[size == s])) == 1
+    order = np.argsort(size, kind="stable")
+    assert (np.diff(found[order]) >= 0).all()
+    counts = np.bincount(found)
+    assert 6 < len(counts) <= 10 and counts.min() > 30 and counts.sum() == 640
+    assert not np.ptp(strata(np.full(640, 7)))
+    assert not np.ptp(strata(np.arange(127))) and strata(np.zeros(0, np.int64)).shape == (0,)
+    assert len(np.unique(strata(np.arange(100_000)))) == 32
 
 
 def test_latents_that_never_fire_are_counted_and_left_out() -> None:
