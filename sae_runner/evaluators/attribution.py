@@ -8,8 +8,8 @@ after Bricken et al. 2023 (attribution vectors of their logit similarity). The p
 one: f_j adds W_dec[j] to the last residual stream r_t, past the blocks in between. L_t is the final
 norm's gain, and centring where it centres, over its scale at r_t as the model has it: that scale is
 held, so that what is added to the stream sums to its logit (its derivative would have the whole
-stream sum to 0, as a norm undoes what makes it longer). Without a final norm L_t = 1. The mean over
-the vocabulary is taken off because logits say nothing of a constant that is added to all of them.
+stream sum to 0, as a norm undoes what makes it longer). Without a final norm, or behind it, L_t is
+one. The mean over the vocabulary is taken off: logits say nothing of a constant in all of them.
 
 Group `attributions`, a safetensors file: rows of whole examples in the order of the pass, at whose
 tokens the SAE was trained and a token follows. example_id, position, next_token [n]; row t owns the
@@ -35,6 +35,7 @@ from sae_runner.splice import run
 
 IN_STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """Kinds of sites whose vectors are summands, or partial sums, of the last residual stream."""
+NORMED = "final_norm"
 N_LOGITS = 2**25
 """Logits that have a gradient at a time: 128 MB of float32."""
 EQUAL = 1e-3
@@ -253,14 +254,18 @@ def has_next(inputs: Inputs, n_tokens: int) -> Bool[Tensor, "n t"]:
 def last_stream(model: Model, site: SiteInfo) -> SiteInfo:
     """The residual stream after the last block, which a site must be a part of.
 
+    What logits are read from after the final norm is a stream of its own.
+
     Raises:
         ConfigError: the model has none, or the site is no part of it.
     """
+    if site.name == NORMED:
+        return site
     streams = [info for name, info in model.sites().items() if name.endswith(".resid_post")]
     kind = site.name.rpartition(".")[2]
     if not streams or kind not in IN_STREAM or site.d != streams[-1].d:
         raise ConfigError(
             f"not applicable: {site.name} adds nothing to a residual stream that logits are read "
-            f"from; use a site of {', '.join(IN_STREAM)}"
+            f"from; use a site of {', '.join((*IN_STREAM, NORMED))}"
         )
     return streams[-1]

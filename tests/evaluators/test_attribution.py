@@ -26,6 +26,10 @@ D_SAE, LAST = 16, f"blocks.{N_BLOCKS - 1}.resid_post"
 class Normed(Network):
     """With a final norm: x / √(mean x²)."""
 
+    def __init__(self):
+        super().__init__()
+        self.normed = torch.nn.Identity()
+
     def norm(self, x):
         return x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt()
 
@@ -33,7 +37,7 @@ class Normed(Network):
         x = self.embed[tokens]
         for block in self.blocks:
             x = block(x)
-        return self.norm(x) @ self.head
+        return self.normed(self.norm(x)) @ self.head
 
 
 class Centred(Normed):
@@ -120,6 +124,21 @@ def test_every_attribution_is_that_of_numpy(
     assert set(seen) == {(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)}
     for (example, t), latents in seen.items():
         assert latents == sae.encode(x[example, t][None])[0].nonzero()[:, 0].tolist()
+
+
+def test_behind_the_final_norm_weights_are_the_heads(measure_spliced, inputs, sae, monkeypatch):
+    host = host_of(Centred)
+    taps = host.taps()
+    monkeypatch.setattr(host, "taps", lambda: {**taps, "final_norm": Tap("normed")})
+    found = measure_spliced(CFG, sae, [inputs], host=host, site="final_norm")
+    with torch.no_grad():
+        x, head = host.record(inputs, ["final_norm"])["final_norm"], host.network.head.numpy()
+    decoder, n = (sae.W_dec / sae.input_scale).detach().numpy(), 0
+    for example, t, token, latent, value in entries(found.arrays["attributions"]):
+        f, n = sae.encode(x[example, t][None])[0, latent].item(), n + 1
+        weight = head[:, token] - head.mean(1)
+        assert_allclose(value, f * decoder[latent] @ weight, rtol=1e-5)
+    assert n > 6
 
 
 @pytest.mark.parametrize("network", [Network, Normed, Centred])

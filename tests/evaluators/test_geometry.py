@@ -78,14 +78,14 @@ def test_latents_that_never_fired_are_left_out_unless_all_are_asked_for(measure)
 
 def test_rows_without_a_direction_are_dropped_and_counted(measure):
     W_dec, W_enc = torch.eye(4), torch.eye(4)
-    W_dec[1] = 0
+    W_dec[0] = 0
     W_enc[2] = 0
     found = run(measure, W_dec, W_enc)
     metrics = found.metrics["geometry"]
     assert (metrics["n_zero_dec"], metrics["n_zero_enc"]) == (1, 1)
     assert metrics["enc_dec_cos_mean"] == 1
-    assert found.per_latent["enc_dec_cos"].mask.tolist() == [False, True, True, False]
-    assert found.per_latent["max_cos_dec"].mask.tolist() == [False, True, False, False]
+    assert found.per_latent["enc_dec_cos"].mask.tolist() == [True, False, True, False]
+    assert found.per_latent["max_cos_dec"].mask.tolist() == [True, False, False, False]
 
 
 def test_too_few_latents_and_other_spaces_are_nulls_with_notes(measure):
