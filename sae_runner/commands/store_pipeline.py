@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,9 +173,16 @@ class StorePipeline:
 
     @cached_property
     def sites(self) -> dict[str, SiteInfo]:
-        """Every site of the model: from the store if there is one, else from its shapes."""
+        """Every site of the model: from the store if that has what is wanted, else its shapes.
+
+        A store of earlier days does not know the sites that a host has learned of since.
+        """
         if (self.store_dir / "store.json").is_file() and not self.root.force:
-            return sites_of(read_json(self.store_dir / "store.json", STORE_SCHEMA, "store"))
+            known = sites_of(read_json(self.store_dir / "store.json", STORE_SCHEMA, "store"))
+            with suppress(ConfigError):
+                for wanted in filter(None, [self.wanted_sites, self.wanted_target]):
+                    resolve_sites(wanted, known)
+                return known
         return self.shapes.sites()
 
     @cached_property

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 
+from sae_runner.commands.pipeline import Pipeline
 from sae_runner.commands.sites import layout, main, shape
 from sae_runner.errors import ConfigError
 from sae_runner.models.base import SiteInfo
@@ -104,3 +107,23 @@ def test_a_sweep_over_models_leaves_no_folder(in_process, tmp_path, capsys):
     assert "# model=toy" in out and "# model=tiny_clip" in out
     assert "activations" in out and "embed" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_of_earlier_days_does_not_hide_what_a_host_has_learned_since(
+    compose_job, small, outputs
+):
+    def pipeline(*words):
+        job = compose_job("train", *small, f"outputs={outputs}", *words)
+        return Pipeline(job.cfg, job.choices)
+
+    now = pipeline()
+    assert now.site.name == "activations"
+    assert "shapes" not in vars(now)  # The store says enough; no model need be built for it.
+    path = now.store_dir / "store.json"
+    store = json.loads(path.read_text())
+    (info,) = store["sites"].values()
+    path.write_text(json.dumps(store | {"sites": {"old": info | {"name": "old", "module": "old"}}}))
+    assert pipeline("site.name=old").site.name == "old"
+    assert pipeline("site.name=activations").site.name == "activations"
+    with pytest.raises(ConfigError, match=r"site\.name=other: no such site\. .*activations"):
+        _ = pipeline("site.name=other").site
