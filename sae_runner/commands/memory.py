@@ -66,7 +66,7 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
     row = 4 * sae.d_in
     ahead = min(store.prefetch + 2, options.n_steps)
     sample = 3 * min(n_rows, N_SAMPLE) * row  # With the temporaries of a geometric median.
-    by_rows = sae.sparse and options.n_parts == 1 and fused(ops_on(device))
+    by_rows = sae.sparse and options.n_parts == 1 and fused(ops_on(device), device)
     screened = sae.sparse and options.precision_on(device) != "fp32"
     # Chunks of scores, and of few entries of each row their score, place and gradient.
     dense = batch * 4 * sae.d_sae

@@ -4,16 +4,37 @@
 that matrix, and its gradient by the weights of the sum is the products of rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import BFloat16, Float, Float64, Int, Int32, Int64
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from sae_runner.kernels.base import ByLatent, Factor
 
+GRADIENT_BYTES = 2**21
+"""What rows of a gradient may take at a time: they stay in a core's cache."""
+IN_GROUP = 16
+"""Scores that one maximum stands for."""
+
 
 def topk(scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
-    """See `Ops.topk`."""
-    return scores.topk(k, dim=1, sorted=False).indices.int()
+    """See `Ops.topk`.
+
+    The k largest lie in the k groups with the largest maxima, place i being in group i mod their
+    number: two searches among few take half the time of one among all.
+    """
+    n, d_sae = scores.shape
+    each = IN_GROUP if d_sae % IN_GROUP == 0 and d_sae >= 2 * k * IN_GROUP else 1
+    if each == 1:
+        return scores.topk(k, dim=1, sorted=False).indices.int()
+    n_groups = d_sae // each
+    groups = scores.view(n, each, n_groups).amax(1).topk(k, dim=1, sorted=False).indices
+    firsts = torch.arange(0, d_sae, n_groups, device=scores.device)
+    places = (firsts.unsqueeze(1) + groups.unsqueeze(1)).flatten(1)
+    best = scores.gather(1, places).topk(k, dim=1, sorted=False).indices
+    return places.gather(1, best).int()
 
 
 def rescore(
@@ -109,8 +130,8 @@ def gradient_norm2(
     factors: list[Factor], W: Float[Tensor, "d_sae d"] | None
 ) -> Float64[Tensor, ""]:
     """See `Ops.gradient_norm2`."""
-    gradient = _summed(factors, W)
-    return gradient.double().square().sum()
+    squares = [part.double().square().sum() for _, part in _gradients(factors, W)]
+    return torch.stack(squares).sum()
 
 
 def adam_(
@@ -128,25 +149,46 @@ def adam_(
     unit: bool,
     shadow: BFloat16[Tensor, "d_sae d"] | None,
 ) -> None:
-    """See `Ops.adam_`; Kingma and Ba 2015, algorithm 1, in the order of `torch.optim.Adam`."""
-    gradient = scale * _summed(factors, W if unit else None)
-    exp_avg.lerp_(gradient, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    W.addcdiv_(exp_avg, root, value=-lr / (1 - beta1**step))
-    if unit:
-        W.div_(W.norm(dim=1, keepdim=True).clamp_min(1e-12))
-    if shadow is not None:
-        shadow.copy_(W)
+    """See `Ops.adam_`: PyTorch's own, on the rows of few latents at a time."""
+    for latents, gradient in _gradients(factors, W if unit else None):
+        w, m, v = W[latents], exp_avg[latents], exp_avg_sq[latents]
+        if isinstance(scale, Tensor) or scale != 1:
+            gradient *= scale
+        before = torch.tensor(float(step - 1))  # Which it counts up.
+        adam(
+            [w], [gradient], [m], [v], [], [before], fused=True, amsgrad=False, lr=lr,
+            beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, maximize=False,
+        )  # fmt: skip
+        if unit:
+            w.div_(w.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        if shadow is not None:
+            shadow[latents] = w
+    torch.autograd.graph.increment_version([W, exp_avg, exp_avg_sq])  # It counts none.
 
 
-def _summed(factors: list[Factor], W: Tensor | None) -> Tensor:
+def _gradients(factors: list[Factor], W: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the sum of `factors`, few latents at a time; with W, less each one's part along it.
+
+    They are used before they leave the cache, and never exist whole.
+    """
+    dense = factors[0].dense
     n_latents = len(factors[0].by_latent.starts) - 1
-    gradient = weight_gradient(factors[0], n_latents)
-    for factor in factors[1:]:
-        gradient += weight_gradient(factor, n_latents)
-    if W is None:
-        return gradient
-    direction = nn.functional.normalize(W, dim=1)
-    along = (gradient * direction).sum(1, keepdim=True)
-    return gradient - along * direction
+    size = max(1, GRADIENT_BYTES // (dense.shape[1] * dense.itemsize))
+    for begin in range(0, n_latents, size):
+        latents = slice(begin, min(begin + size, n_latents))
+        gradient = _of_some(factors[0], latents)
+        for factor in factors[1:]:
+            gradient += _of_some(factor, latents)
+        if W is not None:
+            direction = nn.functional.normalize(W[latents], dim=1)
+            gradient -= (gradient * direction).sum(1, keepdim=True) * direction
+        yield latents, gradient
+
+
+def _of_some(factor: Factor, latents: slice) -> Tensor:
+    """Rows of the gradient that a factor stands for."""
+    starts, rows, entries = factor.by_latent
+    own = starts[latents.start : latents.stop + 1]
+    places = slice(int(own[0]), int(own[-1]))
+    coefs = factor.coefs[entries[places].long()]
+    return decode(factor.dense, own - own[0], rows[places], coefs)

@@ -35,7 +35,7 @@ class Update:
             fused=device in ("cpu", "cuda"),
         )  # fmt: skip
         self.ops = ops_for(sae.b_dec)
-        self.by_rows = options.n_parts == 1 and fused(self.ops)
+        self.by_rows = options.n_parts == 1 and fused(self.ops, sae.b_dec.device)
         self.tape: Tape | None = None
         # Of weights whose last step was by rows, its number: a device is not asked at every step.
         self._steps = dict[Tensor, int]()

@@ -17,9 +17,20 @@ native = pytest.mark.skipif(not native_ops.available(), reason="no C++ compiler"
 D_IN, D_SAE = 12, 96
 
 
-def trained(sae, batches, options, *, n_steps=6, dead=None):
+OF_KERNELS = pytest.mark.parametrize("kernels", ["torch", pytest.param("auto", marks=native)])
+
+
+def updating(sae, options, by_rows):
+    """An update that finds gradients by rows, or writes them out for torch's Adam."""
+    update = Update(sae, options, 1e-3)
+    assert update.by_rows
+    update.by_rows = by_rows
+    return update
+
+
+def trained(sae, batches, options, by_rows, *, n_steps=6, dead=None):
     """The SAE after some steps, its update, and the norms that were measured."""
-    update, norms = Update(sae, options, 1e-3), []
+    update, norms = updating(sae, options, by_rows), []
     for step in range(n_steps):
         x = batches[step % len(batches)]
         with update.gradients():
@@ -31,7 +42,7 @@ def trained(sae, batches, options, *, n_steps=6, dead=None):
     return sae, update, norms
 
 
-@native
+@OF_KERNELS
 @pytest.mark.parametrize("precision", ["fp32", "screened"])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize(
@@ -45,22 +56,21 @@ def trained(sae, batches, options, *, n_steps=6, dead=None):
         ("jump_relu", {"bandwidth": 0.1, "initial_threshold": 0.5, "initial_l0": 1}),
     ],
 )
-def test_steps_are_those_of_torch(make, rows, options, kind, changes, clip, precision):
+def test_steps_are_those_of_torch(make, rows, options, kind, changes, clip, precision, kernels):
     sae = make(kind, D_IN, D_SAE, **changes)
     batches = [rows(64, D_IN, seed=seed) for seed in range(3)]
     wanted = options(clip_grad_norm=clip, micro_batch_size=None)
     auxk = {"type": "auxk", "coefficient": 0.5, "k_aux": 4}
     saes = []
-    for kernels in ("torch", "auto"):
-        with using(kernels):
+    for by_rows in (False, True):
+        with using(kernels if by_rows else "torch"):
             mine = copy.deepcopy(sae)
             mine.selector.precision = precision
             dead = DEAD_LATENTS.build(auxk, sae=mine, window=10) if kind == "topk" else None
             if dead is not None:
                 dead.rows_since_fired[::3] = 10
-            saes.append(trained(mine, batches, wanted, dead=dead))
-    (a, plain, norms_a), (b, by_rows, norms_b) = saes
-    assert not plain.by_rows and by_rows.by_rows
+            saes.append(trained(mine, batches, wanted, by_rows, dead=dead))
+    (a, plain, norms_a), (b, own, norms_b) = saes
     assert norms_b == pytest.approx(norms_a, rel=1e-4)
     for (name, p), q, start in zip(
         a.named_parameters(), b.parameters(), sae.parameters(), strict=True
@@ -68,21 +78,22 @@ def test_steps_are_those_of_torch(make, rows, options, kind, changes, clip, prec
         moved = (p - start).norm()
         assert (p - q).norm() <= 2e-3 * moved, name
         for slot in ("exp_avg", "exp_avg_sq"):
-            of_a, of_b = plain.optimizer.state[p][slot], by_rows.optimizer.state[q][slot]
+            of_a, of_b = plain.optimizer.state[p][slot], own.optimizer.state[q][slot]
             torch.testing.assert_close(of_b, of_a, rtol=2e-3, atol=2e-3 * float(of_a.abs().max()))
-        assert plain.optimizer.state[p]["step"] == by_rows.optimizer.state[q]["step"] == 6
+        assert plain.optimizer.state[p]["step"] == own.optimizer.state[q]["step"] == 6
     assert b.W_enc_rows.grad is None or kind == "jump_relu"
 
 
-@native
-def test_no_screen_is_of_weights_as_they_were(make, rows, options, monkeypatch):
+@OF_KERNELS
+def test_no_screen_is_of_weights_as_they_were(make, rows, options, monkeypatch, kernels):
     """A step by rows, then a dense one: PyTorch's Adam changes weights without a trace."""
     sae, x = make("relu", D_IN, D_SAE), rows(64, D_IN)
     sae.selector.precision = "screened"
-    update = Update(sae, options(clip_grad_norm=None, micro_batch_size=None), 1e-2)
+    with using(kernels):
+        update = Update(sae, options(clip_grad_norm=None, micro_batch_size=None), 1e-2)
     for few in (2.0, -1.0, -1.0):
         monkeypatch.setattr(base, "FEW", few)
-        with update.gradients():
+        with using(kernels), update.gradients():
             sae.loss(x, TrainState()).total.backward()
             update.step(0.1, measured=False)
         found = sae.selector.above(x, sae.W_enc_rows, sae.b_enc, torch.zeros(D_SAE))
@@ -90,26 +101,28 @@ def test_no_screen_is_of_weights_as_they_were(make, rows, options, monkeypatch):
         assert found.indices.equal(expected.indices)
 
 
-@native
-def test_a_gradient_that_is_partly_dense_is_added_up(make, rows, options):
+@OF_KERNELS
+def test_a_gradient_that_is_partly_dense_is_added_up(make, rows, options, kernels):
     sae, x = make("topk", D_IN, D_SAE, decoder_norm="free"), rows(32, D_IN)
     other = copy.deepcopy(sae)
-    for mine, kernels in ((sae, "torch"), (other, "auto")):
-        with using(kernels):
-            update = Update(mine, options(clip_grad_norm=None, micro_batch_size=None), 1e-3)
+    for mine, by_rows in ((sae, False), (other, True)):
+        with using(kernels if by_rows else "torch"):
+            wanted = options(clip_grad_norm=None, micro_batch_size=None)
+            update = updating(mine, wanted, by_rows)
             with update.gradients():
                 (mine.loss(x, TrainState()).total + mine.W_dec.square().sum()).backward()
                 update.step(1e-3, measured=False)
     torch.testing.assert_close(other.W_dec, sae.W_dec, rtol=1e-4, atol=1e-6)
 
 
-@native
-def test_dense_steps_are_counted_among_those_by_rows(make, rows, options):
+@OF_KERNELS
+def test_dense_steps_are_counted_among_those_by_rows(make, rows, options, kernels):
     sae, x = make("topk", D_IN, D_SAE, decoder_norm="free"), rows(32, D_IN)
     other = copy.deepcopy(sae)
-    for mine, kernels in ((sae, "torch"), (other, "auto")):
-        with using(kernels):
-            update = Update(mine, options(clip_grad_norm=None, micro_batch_size=None), 1e-3)
+    for mine, by_rows in ((sae, False), (other, True)):
+        with using(kernels if by_rows else "torch"):
+            wanted = options(clip_grad_norm=None, micro_batch_size=None)
+            update = updating(mine, wanted, by_rows)
             for step in range(6):
                 with update.gradients():
                     total = mine.loss(x, TrainState()).total
