@@ -4,7 +4,7 @@
   target, at every t from the first replaced token on where t and t + 1 are no padding. What comes
   before it sees nothing of what is replaced: its predictions stay what they are (KL 0), and would
   only dilute the means, by 1/127 in rows of 128 tokens of which the first is never replaced
-  (SAELens leaves out, likewise, predictions at the tokens that it does not replace).
+  (SAELens leaves out predictions at all tokens that it does not replace).
 - A classifier predicts a class: logits [C] of each example, with its label as the target where the
   dataset's classes are as many as the model's.
 - A model with a text tower predicts a class by its name: scale · cos(v, t_c) + bias of the image

@@ -10,6 +10,11 @@ norm's gain, and centring where it centres, over its scale at r_t as the model h
 held, so that what is added to the stream sums to its logit (its derivative would have the whole
 stream sum to 0, as a norm undoes what makes it longer). Without a final norm, or behind it, L_t is
 one. The mean over the vocabulary is taken off: logits say nothing of a constant in all of them.
+A cap on the logits (Gemma 2) is undone first.
+
+That a site's vectors are summands of the stream is taken for granted. Hosts that scale what blocks
+write (Granite) or norm the embedding first (BLOOM) have `attn_out`, `mlp_out` and `embed` in other
+units; `resid_*` is right there too.
 
 Group `attributions`, a safetensors file: rows of whole examples in the order of the pass, at whose
 tokens the SAE was trained and a token follows. example_id, position, next_token [n]; row t owns the
@@ -38,6 +43,8 @@ IN_STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_po
 NORMED = "final_norm"
 N_LOGITS = 2**25
 """Logits that have a gradient at a time: 128 MB of float32."""
+UNCAPPED = 1 - 1e-6
+"""Of a cap: what is nearer to it is rounded to it."""
 EQUAL = 1e-3
 """Logits that differ by less of the largest are those of one stream."""
 ENTRY_BYTES, ROW_BYTES = 8, 24
@@ -93,7 +100,13 @@ class DirectLogits:
         """Whether the final norm takes its mean from the stream."""
 
     def _logits(self, inputs: Inputs, stream: Float[Tensor, "n t d"]) -> Float[Tensor, "n t v"]:
-        return precise(run(self.model, inputs, self.last, stream).output)
+        found, cap = (
+            precise(run(self.model, inputs, self.last, stream).output),
+            self.model.logit_cap,
+        )
+        if cap is None:
+            return found
+        return cap * torch.atanh((found / cap).clamp(-UNCAPPED, UNCAPPED))
 
     def weights(
         self,
@@ -220,8 +233,9 @@ class Attribution(Evaluator):
         n = sum(len(batch.position) for batch in self.batches)
         scalars.put("n_tokens", n)
         if not n:
+            full = "the first example takes more than n_rows or eval.keep_gb allow; raise them"
             for name in ("direct", "logit", "positive_frac"):
-                scalars.null(name, "zero_denominator", NO_ROWS)
+                scalars.null(name, "zero_denominator", full if self.is_full else NO_ROWS)
             return Findings({"attribution": scalars.values}, notes=scalars.notes)
         batches, self.batches = self.batches, []
         columns = zip(*(batch[:4] for batch in batches), strict=True)

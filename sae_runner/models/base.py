@@ -101,6 +101,8 @@ class Model(ABC):
     else (embeddings, hidden states, rows), which is no distribution."""
     causal: bool = True
     """Whether token logits are of the next token; False for an encoder, which fills in masks."""
+    logit_cap: float | None = None
+    """c of logits c · tanh(ℓ / c), where the last thing a model does is to cap them (Gemma 2)."""
 
     @abstractmethod
     def sites(self) -> dict[str, SiteInfo]:

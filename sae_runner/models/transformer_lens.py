@@ -57,6 +57,7 @@ class TextHost(HookedModel, TakesPrompts):
         self.block_paths = loaded.layout.block_paths
         self.has_cls, self.causal = loaded.encoder, not loaded.encoder
         self.has_trained_head = loaded.has_trained_head
+        self.logit_cap = getattr(loaded.config, "final_logit_softcapping", None)
         self.output = "token_logits" if loaded.has_trained_head else "features"
         self._by_name = dict(self.network.named_modules())
 

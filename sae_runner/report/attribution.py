@@ -47,7 +47,7 @@ def attribution(one: Attributions, two: Attributions, seed: int) -> tuple[dict[s
     elif n_same < LEAST_SAME * n_common:
         why = (
             f"the next token is the same at {n_same:,} of {n_common:,} common rows: their "
-            "tokenizers differ"
+            "tokenizers differ, or how texts begin (model.prepend_bos)"
         )
         same[:] = False
     both = (codes_of(side, at[same]) for side, at in ((one, of_one), (two, of_two)))

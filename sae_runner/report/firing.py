@@ -150,8 +150,15 @@ def by_example(codes: Codes) -> Any:
 def strata(size: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Classes of units of about one size, as even as units of the same size allow."""
     n = max(1, min(MOST_STRATA, len(size) // LEAST_IN_ONE))
-    bounds = np.sort(size)[np.arange(1, n) * len(size) // n]
-    found: npt.NDArray[np.int64] = np.searchsorted(np.unique(bounds), size, side="right")
+    ordered = np.sort(size)
+    bounds = np.unique(ordered[np.arange(1, n) * len(size) // n])
+    # Where many are of one size, few may be left below or above: one would be shuffled onto itself.
+    edges = [0, *np.searchsorted(ordered, bounds), len(size)]
+    while len(bounds) and (least := np.diff(edges)).min() < LEAST_IN_ONE // 2:
+        thin = int(least.argmin())
+        gone = min(max(thin - 1, 0), len(bounds) - 1)
+        bounds, edges = np.delete(bounds, gone), [*edges[: gone + 1], *edges[gone + 2 :]]
+    found: npt.NDArray[np.int64] = np.searchsorted(bounds, size, side="right")
     return found
 
 

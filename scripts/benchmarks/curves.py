@@ -137,6 +137,9 @@ def drawn(curves: dict[str, Any], options: argparse.Namespace, what: str) -> Res
     return Result(
         f"over {len(steps)} steps losses of the sparse paths differ from float64 by {worst:.1e} at "
         f"most, relatively; those of the dense one in float32 by {largest[CONTROL]:.1e}",
-        [Ratio("apart", worst, "most"), Ratio("apart:control", worst / largest[CONTROL], "most")],
+        [
+            Ratio("apart", worst, "most"),
+            Ratio("apart:control", worst / max(largest[CONTROL], 1e-12), "most"),
+        ],
         {name: losses.tolist() for name, losses in curves.items()},
     )

@@ -40,6 +40,13 @@ class Normed(Network):
         return self.normed(self.norm(x)) @ self.head
 
 
+class Capped(Normed):
+    """With logits that are bounded by 3, which is near those of this host."""
+
+    def forward(self, tokens):
+        return 3 * torch.tanh(super().forward(tokens) / 3)
+
+
 class Centred(Normed):
     """With a final layer norm."""
 
@@ -55,6 +62,7 @@ class Centred(Normed):
 def host_of(network):
     made = Host()
     made.network = network()
+    made.logit_cap = 3.0 if network is Capped else None
     return made
 
 
@@ -104,7 +112,7 @@ def weights_of(host, inputs, site):
 
 @pytest.mark.parametrize("site", [SITE, "blocks.1.mlp_out", LAST, "blocks.0.resid_pre"])
 @pytest.mark.parametrize("n_logits", [2**25, 1])
-@pytest.mark.parametrize("network", [Network, Normed, Centred])
+@pytest.mark.parametrize("network", [Network, Normed, Capped, Centred])
 def test_every_attribution_is_that_of_numpy(
     measure_spliced, inputs, sae, network, site, n_logits, monkeypatch
 ):
@@ -230,6 +238,7 @@ def test_as_many_whole_examples_are_kept_as_fit(
     found = measure_spliced(CFG | {"n_rows": 6}, sae, batches, host=normed)
     assert found.metrics["attribution"]["n_tokens"] == 0
     assert found.metrics["attribution"]["direct"] is None and not found.arrays
+    assert {note.detail[:30] for note in found.notes} == {"the first example takes more t"}
 
 
 def turned(host, sae, Q, order):

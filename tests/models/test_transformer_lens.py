@@ -230,6 +230,7 @@ def test_the_final_norm_is_what_the_head_reads(decoders, kind):
         spliced = model.splice(inputs, {"final_norm": lambda _: new})
     assert list(model.sites())[-1] == "final_norm" and not torch.allclose(last, norm)
     cap = getattr(model.network.config, "final_logit_softcapping", None)
+    assert model.logit_cap == cap and (cap is not None) == (kind == "gemma2")
     for x, found in ((norm, logits), (new, spliced)):
         expected = x @ head.weight.T
         expected = torch.tanh(expected / cap) * cap if cap else expected

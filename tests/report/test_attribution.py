@@ -58,7 +58,7 @@ def test_where_tokens_differ_nothing_is_said() -> None:
     token = np.arange(n) % 7
     token[: n // 2 + 1] += 7
     found, why = attribution(made(acts), made(acts, token=token), seed=0)
-    assert why == "the next token is the same at 39 of 80 common rows: their tokenizers differ"
+    assert why.startswith("the next token is the same at 39 of 80 common rows: their tokenizers")
     assert found["max_corr_mean_12"] is None and found["n_units"] == 0
     token[n // 2] -= 7
     found, why = attribution(made(acts), made(acts, token=token), seed=0)

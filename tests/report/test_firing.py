@@ -159,6 +159,11 @@ def test_strata_are_of_about_one_size_and_equal_sizes_share_theirs() -> None:
     counts = np.bincount(found)
     assert 6 < len(counts) <= 10 and counts.min() > 30 and counts.sum() == 640
     assert not np.ptp(strata(np.full(640, 7)))
+    # Where one size is frequent, few are left on either side: they go with it.
+    for rare in ([1], [2, 3, 4], [90], [1, 90], [*range(8), *range(20, 29)]):
+        assert not np.ptp(strata(np.array([*rare, *[10] * 300])))
+    kept = strata(np.array([1] * 32 + [10] * 200 + [11]))
+    assert np.bincount(kept).tolist() == [32, 201] and kept[0] != kept[-1]
     assert not np.ptp(strata(np.arange(127))) and strata(np.zeros(0, np.int64)).shape == (0,)
     assert len(np.unique(strata(np.arange(100_000)))) == 32
 
