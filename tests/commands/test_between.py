@@ -293,7 +293,10 @@ def test_what_latents_say_is_compared_where_both_runs_kept_it(
     attribute(b, token=7)
     found = compared(["a", "b"], "compare=attribution")["attribution"]
     assert found["found"][0]["max_corr_mean_12"] is None
-    why = "the next token is the same at 0 of 200 common rows: their tokenizers differ"
+    why = (
+        "the next token is the same at 0 of 200 common rows: their tokenizers differ, or how texts "
+        "begin (model.prepend_bos)"
+    )
     assert found["found"][0]["notes"] == [why] and found["notes"] == [f"a and b: {why}"]
 
 
