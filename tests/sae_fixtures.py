@@ -21,6 +21,14 @@ def build(kind: str, d_in: int, d_sae: int, **options: Any) -> SAE:
     return SAES.build(cfg, d_in=d_in)
 
 
+def drawn(d_in: int, d_sae: int) -> SAE:
+    """A topk SAE with random weights in float64."""
+    made = build("topk", d_in, d_sae)
+    x = torch.randn(64, d_in, generator=torch.Generator().manual_seed(0))
+    made.initialise(stats_of(x), torch.Generator().manual_seed(1))
+    return made.double()
+
+
 def stats_of(x: torch.Tensor) -> ActivationStats:
     norms = x.double().norm(dim=1)
     return ActivationStats(x.mean(0), norms.mean().item(), norms.square().mean().item(), x)

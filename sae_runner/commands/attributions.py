@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from sae_runner.commands.between import Member, Record, members_of, pair_record, together
+from sae_runner.commands.between import Member, Record, on_same_data, pair_record
 from sae_runner.commands.corpora import folder_of
 from sae_runner.errors import StoreError
 from sae_runner.log import Progress
@@ -23,18 +23,7 @@ def attributions(
     Raises:
         ConfigError: no two runs kept attributions on the same data.
     """
-    members, notes = members_of(comparison)
-    kept = {}
-    for member in members:
-        try:
-            kept[member.number] = attributions_of(member)
-        except StoreError as error:
-            notes.append(f"left out, #{member.number}: {error}")
-    groups, alone = together(
-        [m for m in members if m.number in kept],
-        lambda m: f"data {m.facts['dataset']['fingerprint'][:12]}",
-        "attributions on the same data", "attribution", notes,
-    )  # fmt: skip
+    kept, groups, notes = on_same_data(comparison, attributions_of, "attributions on", TYPE)
     records = []
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     with Progress("attribution", len(pairs), "pairs") as progress:
@@ -42,7 +31,7 @@ def attributions(
             found, why = attribution(kept[a.number], kept[b.number], options.seed)
             records.append({**pair_record(a, b), "notes": [why] if why else [], **found})
             progress.advance(1)
-    return records, [*notes, *alone]
+    return records, notes
 
 
 def name_of(member: Member) -> str:

@@ -3,14 +3,14 @@
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from sae_runner.checkpoint import load_sae, read_facts
-from sae_runner.errors import ConfigError, StoreError
+from sae_runner.errors import ConfigError, InputError, StoreError
 from sae_runner.log import Progress
 from sae_runner.report.comparison import Comparison, config_differences
 from sae_runner.report.options import SimilarityOptions
@@ -18,6 +18,7 @@ from sae_runner.report.runs import Run
 from sae_runner.report.similarity import Directions, similarity
 
 Record = dict[str, Any]
+Held = TypeVar("Held")
 ALL_ALIVE = "{} has no column n_fired (evaluator density): all its latents count as alive"
 UNBOUNDED = 2**62
 
@@ -98,6 +99,29 @@ def together(
         kept = [said[k] for k, group in groups.items() if len(group) > 1]
         alone.append(f"compared among themselves: {'; '.join(kept)}")
     return [group for group in groups.values() if len(group) > 1], alone
+
+
+def on_same_data(
+    comparison: Comparison, read: Callable[[Member], Held], what: str, key: str
+) -> tuple[dict[int, Held], list[list[Member]], list[str]]:
+    """What `read` finds of each run, by its number; runs of the same data; lines on the others.
+
+    Raises:
+        ConfigError: no two runs of the same data have `what`.
+    """
+    members, notes = members_of(comparison)
+    held = {}
+    for member in members:
+        try:
+            held[member.number] = read(member)
+        except InputError as error:
+            notes.append(f"left out, #{member.number}: {error}")
+    groups, alone = together(
+        [m for m in members if m.number in held],
+        lambda m: f"data {m.facts['dataset']['fingerprint'][:12]}",
+        f"{what} the same data", key, notes,
+    )  # fmt: skip
+    return held, groups, [*notes, *alone]
 
 
 def numbers(members: Sequence[Member]) -> str:

@@ -12,8 +12,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from sae_runner.checkpoint import load_sae
-from sae_runner.commands.between import Member, Record, members_of, pair_record, together
-from sae_runner.errors import ConfigError, InputError, StoreError
+from sae_runner.commands.between import Member, Record, on_same_data, pair_record
+from sae_runner.errors import ConfigError, StoreError
 from sae_runner.evaluators._codes import Codes
 from sae_runner.evaluators._collecting import CodesCollector, hashed
 from sae_runner.evaluators.base import Rows
@@ -34,18 +34,7 @@ def firings(comparison: Comparison, options: FiringOptions) -> tuple[list[Record
     Raises:
         ConfigError: no two runs have stored rows of the same examples.
     """
-    members, notes = members_of(comparison)
-    stores = {}
-    for member in members:
-        try:
-            stores[member.number] = store_of(member)
-        except InputError as error:
-            notes.append(f"left out, #{member.number}: {error}")
-    groups, alone = together(
-        [m for m in members if m.number in stores],
-        lambda m: f"data {m.facts['dataset']['fingerprint'][:12]}",
-        "stored rows of the same data", "firing", notes,
-    )  # fmt: skip
+    stores, groups, notes = on_same_data(comparison, store_of, "stored rows of", "firing")
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     codes = {}
     for group in groups:
@@ -74,7 +63,7 @@ def firings(comparison: Comparison, options: FiringOptions) -> tuple[list[Record
                 record["notes"] = [f"no latent varies over the {found['n_units']} units"]
             records.append(record)
             progress.advance(1)
-    return records, [*notes, *alone]
+    return records, notes
 
 
 def store_of(member: Member) -> ActivationStore:

@@ -100,11 +100,8 @@ class DirectLogits:
         """Whether the final norm takes its mean from the stream."""
 
     def _logits(self, inputs: Inputs, stream: Float[Tensor, "n t d"]) -> Float[Tensor, "n t v"]:
-        found, cap = (
-            precise(run(self.model, inputs, self.last, stream).output),
-            self.model.logit_cap,
-        )
-        if cap is None:
+        found = precise(run(self.model, inputs, self.last, stream).output)
+        if (cap := self.model.logit_cap) is None:
             return found
         return cap * torch.atanh((found / cap).clamp(-UNCAPPED, UNCAPPED))
 

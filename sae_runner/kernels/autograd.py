@@ -169,7 +169,7 @@ class _Reconstruction(torch.autograd.Function):
         selection: Selection = ctx.selection
         ops = ops_for(W)
         if g_square is None and g_x_hat is None:
-            return None, None, None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         # The gradient of x̂ is `scale` times `rows`: by the squared error the residual, as it is.
         if g_x_hat is None:
             assert g_square is not None
@@ -200,7 +200,7 @@ class _Reconstruction(torch.autograd.Function):
                 g_base = rows if scale is None else rows * scale.unsqueeze(1)
         if ctx.needs_input_grad[3] and g_square is not None:
             g_target = residual * (2 * g_square).unsqueeze(1)
-        return g_values, g_W, g_base, g_target, None, None, None, None
+        return g_values, g_W, g_base, g_target, None, None, None
 
 
 def per_latent(vector: Float[Tensor, " d_sae"], selection: Selection) -> Float[Tensor, " nnz"]:

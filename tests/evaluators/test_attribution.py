@@ -5,7 +5,7 @@ import pytest
 import torch
 from host_fixtures import N_BLOCKS, SITE, VOCAB, D, Host, Network
 from numpy.testing import assert_allclose
-from sae_fixtures import build, stats_of
+from sae_fixtures import build, drawn, stats_of
 from scipy.sparse import csr_array
 
 from sae_runner.config import preset
@@ -73,10 +73,7 @@ def normed():
 
 @pytest.fixture
 def sae():
-    made = build("topk", D, D_SAE)
-    x = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
-    made.initialise(stats_of(x), torch.Generator().manual_seed(1))
-    return made.double()
+    return drawn(D, D_SAE)
 
 
 @pytest.fixture

@@ -49,12 +49,9 @@ class OfSplices(Recorder):
 
 @pytest.fixture
 def sae():
-    from sae_fixtures import build, stats_of
+    from sae_fixtures import drawn
 
-    made = build("topk", D, D_SAE)
-    x = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
-    made.initialise(stats_of(x), torch.Generator().manual_seed(1))
-    return made.double()
+    return drawn(D, D_SAE)
 
 
 @pytest.fixture
