@@ -51,7 +51,8 @@ def read_responses(paths: Sequence[Path]) -> list[Response]:
     responses: list[Response] = []
     for path in paths:
         try:
-            lines = path.read_text("utf-8").splitlines()
+            # A rater's text may hold what Python also calls an end of line: U+2028, U+0085.
+            lines = path.read_text("utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"responses={path}: cannot be read: {error}") from None
         if not any(line.strip() for line in lines):

@@ -252,6 +252,14 @@ def test_a_score_left_out_leaves_the_item_out_for_that_score_and_the_total(pack,
     assert found.metrics["human"]["kappa_total"] is None
 
 
+def test_an_interpretation_may_hold_any_text(pack, tmp_path):
+    data, said = data_of(pack), 'one\u2028two\u0085three\x0b "<b>"\r\n漢'
+    response = {**answer(data, *turns_of(data)[0], 9), "interpretation": said}
+    path = tmp_path / "r.jsonl"  # As a browser writes it: only what JSON must escape is escaped.
+    path.write_text(json.dumps(response, ensure_ascii=False) + "\n", "utf-8")
+    assert measured(responses=str(path)).tables["responses"]["interpretation"] == [said]
+
+
 DAMAGES = {
     "it is no JSON": lambda text: text[:-20],
     "it lacks 'specificity'": lambda text: text.replace('"specificity"', '"specific"', 1),
