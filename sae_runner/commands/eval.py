@@ -186,6 +186,8 @@ def measured(
         check_envelope(envelope, name)
         write_findings(eval_dir, name, findings)
         files.write_json(eval_dir / f"{name}.json", envelope)
+        for part in findings.texts:  # Which are there to be opened.
+            log.info("%s: %s", name, eval_dir / name / part)
         if findings.incomplete:
             unfinished[name] = findings.incomplete
 

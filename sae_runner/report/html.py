@@ -211,12 +211,7 @@ def run_section(run: Run, i: int, figures: Sequence[Path]) -> str:
     text = f'<div class="figures">{images}</div>' if images else ""
     if warnings := report["warnings"]:
         text += "<h3>Warnings</h3>" + listing(map(str, warnings), "remarks")
-    notes = [
-        f"{name}: {note['metric']}: {note['code']}: {note['detail']}"
-        for name, envelope in run.evaluators.items()
-        for note in envelope["notes"]
-    ]
-    if notes:
+    if notes := notes_of(run):
         text += "<h3>Notes of the evaluators</h3>" + listing(notes)
     text += "<details><summary>Every metric</summary>" + _all_metrics(run) + "</details>"
     header = (
@@ -233,6 +228,19 @@ def run_section(run: Run, i: int, figures: Sequence[Path]) -> str:
     title = f"#{i + 1} {escape(run.name)}"
     opened = " open" if i == 0 else ""
     return f'<details id="run-{i + 1}"{opened}><summary>{title}</summary>{text}</details>\n'
+
+
+def notes_of(run: Run) -> list[str]:
+    """What the evaluators noted: a line for each reason, however many metrics it is noted of."""
+    noted: dict[tuple[str, str], list[str]] = {}
+    for name, envelope in run.evaluators.items():
+        for note in envelope["notes"]:
+            reason = f"{note['code']}: {note['detail']}"
+            noted.setdefault((name, reason), []).append(note["metric"])
+    return [
+        f"{name}: {metrics[0]}{f' and {n} more' if (n := len(metrics) - 1) else ''}: {reason}"
+        for (name, reason), metrics in noted.items()
+    ]
 
 
 def _all_metrics(run: Run) -> str:

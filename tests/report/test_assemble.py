@@ -1,6 +1,23 @@
 """What a reader of a report must not miss."""
 
-from sae_runner.report.assemble import warnings_of
+from typing import Any
+
+from sae_runner.report.assemble import headline, warnings_of
+
+
+def test_the_headline_has_what_was_asked_for_by_its_full_name():
+    def envelope(kind: str, **metrics: dict[str, Any]) -> dict[str, Any]:
+        return {"type": kind, "metrics": metrics}
+
+    evaluators = {
+        "downstream_loss": envelope("downstream_loss", downstream_loss={"kl": 0.25, "tv": 0.5}),
+        "human": envelope("human", human={"total_median": None}),
+        "reconstruction": envelope("reconstruction", reconstruction={"mse": 2.0, "fvu": 0.125}),
+        "sparsity": envelope("sparsity", sparsity={"l0": 32.0}),
+    }
+    found = headline({"evaluators": evaluators})
+    assert found == "report: l0 32, fvu 0.125, downstream_loss.kl 0.25"
+    assert headline({"evaluators": {}}) == "report: no evaluators"
 
 
 def test_warnings_name_what_is_not_in_the_data():

@@ -79,6 +79,18 @@ def test_the_page_is_well_formed_and_has_its_sections(make_run: MakeRun) -> None
         assert said in outline.text, said
 
 
+def test_one_reason_for_many_metrics_is_one_line(make_run: MakeRun) -> None:
+    notes = [
+        {"code": "not_applicable", "metric": f"density.m{i}", "detail": "nobody answered"}
+        for i in range(4)
+    ]
+    notes.append({"code": "dead_feature", "metric": "density.m0", "detail": "nobody answered"})
+    text = Outline(render([make_run("a", notes=notes)])).text
+    assert "density: density.m0 and 3 more: not_applicable: nobody answered" in text
+    assert "density: density.m0: dead_feature: nobody answered" in text
+    assert text.count("nobody answered") == 2
+
+
 def test_no_name_in_a_report_becomes_markup(make_run: MakeRun) -> None:
     note = {"code": EVIL, "metric": "density.x", "detail": EVIL}
     expected = [{"metric": EVIL, "low": 0, "unit": EVIL, "source": EVIL}]
