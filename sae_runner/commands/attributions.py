@@ -13,6 +13,8 @@ from sae_runner.report.comparison import Comparison
 from sae_runner.report.options import AttributionOptions
 
 TYPE, KEPT = "attribution", "attributions"
+MEASURING = f"`sae-run eval checkpoint={{}} evaluators=[{TYPE}]` does"
+NO_NEURONS = f"#{{}} kept no attributions of raw coordinates; {MEASURING}"
 
 
 def attributions(
@@ -28,8 +30,14 @@ def attributions(
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     with Progress("attribution", len(pairs), "pairs") as progress:
         for a, b in pairs:
-            found, why = attribution(kept[a.number], kept[b.number], options.seed)
-            records.append({**pair_record(a, b), "notes": [why] if why else [], **found})
+            found, why = attribution(
+                kept[a.number], kept[b.number], neurons=options.neurons, seed=options.seed
+            )
+            reasons = [why] if why else []
+            if options.neurons:
+                reasons += [NO_NEURONS.format(m.number, m.run.path) for m in (a, b)
+                            if kept[m.number].neurons is None]  # fmt: skip
+            records.append({**pair_record(a, b), "notes": reasons, **found})
             progress.advance(1)
     return records, notes
 
@@ -47,23 +55,21 @@ def name_of(member: Member) -> str:
 
 
 def attributions_of(member: Member) -> Attributions:
-    """What the evaluator of a run kept.
+    """What the evaluator of a run kept; its dense part memory-mapped.
 
     Raises:
         StoreError: there is none, or the file is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
     from scipy.sparse import csr_array
 
     if not (name := name_of(member)):
-        raise StoreError(
-            f"it kept none; `sae-run eval checkpoint={member.run.path} evaluators=[{TYPE}]` does"
-        )
+        raise StoreError(f"it kept none; {MEASURING.format(member.run.path)}")
     envelope = member.run.evaluators[name]
     path = folder_of(member) / str(envelope["artifacts"]["arrays"][KEPT])
     try:
-        found = load_file(path)
+        with safe_open(path, "pt") as file:  # Which reads nothing before it is used.
+            found = {key: file.get_tensor(key).numpy() for key in file.keys()}  # noqa: SIM118
         entries = (found["values"], found["indices"], found["offsets"])
         shape = (len(found["offsets"]) - 1, int(envelope["sae"]["d_sae"]))
         matrix = csr_array(entries, shape=shape)
@@ -71,8 +77,10 @@ def attributions_of(member: Member) -> Attributions:
         ids, place, token = (
             found[key].astype(np.int64) for key in ("example_id", "position", "next_token")
         )
-        if not len(ids) == len(place) == len(token) == shape[0]:
+        neurons = found.get("neurons")
+        columns = [ids, place, token, *([] if neurons is None else [neurons])]
+        if any(len(column) != shape[0] for column in columns):
             raise ValueError("columns of several lengths")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    return Attributions(ids, place, token, matrix)
+    return Attributions(ids, place, token, matrix, neurons)

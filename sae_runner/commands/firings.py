@@ -51,12 +51,13 @@ def firings(comparison: Comparison, options: FiringOptions) -> tuple[list[Record
             with tempfile.TemporaryDirectory() as folder:
                 neurons = None
                 if options.neurons:
-                    neurons = [
+                    coordinates = [
                         coordinates_of(
                             stores[m.number], own, by_row, options.batch_size, Path(folder) / str(i)
                         )
                         for i, (m, own) in enumerate(zip((a, b), both, strict=True))
                     ]
+                    neurons = [(x, np.arange(len(x))) for x in coordinates]
                 found = firing(*both, by_row=by_row, seed=options.seed, neurons=neurons)
             record = pair_record(a, b) | found
             if None in found.values():

@@ -16,38 +16,37 @@ That a site's vectors are summands of the stream is taken for granted. Hosts tha
 write (Granite) or norm the embedding first (BLOOM) have `attn_out`, `mlp_out` and `embed` in other
 units; `resid_*` is right there too.
 
+Neurons, the raw coordinates of the site that the SAE writes to (a transcoder's target), say x_i h_i
+likewise, with h the weights that W_dec[j] is multiplied by above: over i they sum to all that the
+site says directly. They are what latents are compared with.
+
 Group `attributions`, a safetensors file: rows of whole examples in the order of the pass, at whose
 tokens the SAE was trained and a token follows. example_id, position, next_token [n]; row t owns the
-entries of `indices` (latents) and `values` from offsets[t] to offsets[t + 1].
+entries of `indices` (latents) and `values` from offsets[t] to offsets[t + 1]; neurons [n, d] in
+float16, which is exact to 1/2048 of a value or to 3e-8 of a logit: they are dense, and in float32
+would be most of the file for nothing.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float16, Int64
 from torch import Tensor
 
 from sae_runner.config import Positive
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators._direct_logits import DirectLogits, last_stream
 from sae_runner.evaluators._numbers import NO_ROWS, Scalars
 from sae_runner.evaluators._predictions import precise
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Setting, Spliced
-from sae_runner.models.base import Inputs, Model, SiteInfo
+from sae_runner.models.base import Inputs, SiteInfo
 from sae_runner.saes.base import Latents
-from sae_runner.splice import run
 
-IN_STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-"""Kinds of sites whose vectors are summands, or partial sums, of the last residual stream."""
-NORMED = "final_norm"
 N_LOGITS = 2**25
-"""Logits that have a gradient at a time: 128 MB of float32."""
-UNCAPPED = 1 - 1e-6
-"""Of a cap: what is nearer to it is rounded to it."""
-EQUAL = 1e-3
-"""Logits that differ by less of the largest are those of one stream."""
-ENTRY_BYTES, ROW_BYTES = 8, 24
+"""Logits that have a gradient at a time: 128 MB of float32; those of an example at least."""
+ENTRY_BYTES, ROW_BYTES, NEURON_BYTES = 8, 24, 2
 
 
 class Batch(NamedTuple):
@@ -60,6 +59,8 @@ class Batch(NamedTuple):
     """ℓ_y"""
     latents: Latents
     """With attributions as their values."""
+    neurons: Float16[Tensor, "n d"]
+    """d = 0 where they are left out."""
 
     def first(self, n: int) -> "Batch":
         """The first n rows."""
@@ -67,64 +68,9 @@ class Batch(NamedTuple):
         end, d_sae = int(offsets[-1]), self.latents.d_sae
         kept = Latents(offsets, self.latents.indices[:end], self.latents.values[:end], d_sae)
         return Batch(
-            self.example_id[:n], self.position[:n], self.next_token[:n], self.logit[:n], kept
-        )
-
-
-class DirectLogits:
-    """Logits, less their mean over the vocabulary, as they are read from the last residual stream.
-
-    With a norm's scale held, they are affine in the stream: ℓ(r) = h·r + ℓ(0). The gradient g at r
-    is h without its part along r (along r less its mean, where the norm centres), which the norm
-    takes off; that part is what g·r lacks of ℓ(r) − ℓ(0).
-
-    Args:
-        model: with its weights.
-        last: the last residual stream.
-        inputs: a batch, whose first example is run.
-        stream: what `last` holds of the batch.
-    """
-
-    def __init__(
-        self, model: Model, last: SiteInfo, inputs: Inputs, stream: Float[Tensor, "n t d"]
-    ) -> None:
-        self.model, self.last = model, last
-        inputs, stream = inputs.map(lambda tensor: tensor[:1]), stream[:1]
-        nothing, equal = (
-            self._logits(inputs, torch.full_like(stream, fill))[0, 0] for fill in (0.0, 1.0)
-        )
-        self.of_nothing: Float[Tensor, " v"] = nothing - nothing.mean()
-        """ℓ(0)"""
-        size = self._logits(inputs, stream).abs().max()
-        self.centres = bool((equal - nothing).abs().max() <= EQUAL * size)
-        """Whether the final norm takes its mean from the stream."""
-
-    def _logits(self, inputs: Inputs, stream: Float[Tensor, "n t d"]) -> Float[Tensor, "n t v"]:
-        found = precise(run(self.model, inputs, self.last, stream).output)
-        if (cap := self.model.logit_cap) is None:
-            return found
-        return cap * torch.atanh((found / cap).clamp(-UNCAPPED, UNCAPPED))
-
-    def weights(
-        self,
-        inputs: Inputs,
-        stream: Float[Tensor, "n t d"],
-        example: Int64[Tensor, " m"],
-        position: Int64[Tensor, " m"],
-        token: Int64[Tensor, " m"],
-    ) -> tuple[Float[Tensor, "m d"], Float[Tensor, " m"]]:
-        """The weights h of a token at each place of a batch, and its logit."""
-        with torch.enable_grad():
-            leaf = stream.detach().requires_grad_()
-            logits = self._logits(inputs, leaf)[example, position]
-            logit = logits.gather(1, token.unsqueeze(1))[:, 0] - logits.mean(1)
-            (slope,) = torch.autograd.grad(logit.sum(), leaf)
-        logit = logit.detach()
-        r, g = (precise(tensor[example, position]) for tensor in (stream, slope))
-        along = r - r.mean(1, keepdim=True) if self.centres else r
-        lacking = logit - self.of_nothing[token] - (g * r).sum(1)
-        share = lacking / along.square().sum(1).clamp_min(torch.finfo(r.dtype).tiny)
-        return g + share.unsqueeze(1) * along, logit
+            self.example_id[:n], self.position[:n], self.next_token[:n], self.logit[:n], kept,
+            self.neurons[:n],
+        )  # fmt: skip
 
 
 @EVALUATORS.register("attribution")
@@ -133,14 +79,16 @@ class Attribution(Evaluator):
 
     Args:
         n_rows: rows at most, of whole examples; `eval.keep_gb` bounds them too.
+        neurons: whether attributions of raw coordinates are kept too.
     """
 
     axis = "faithfulness"
+    version = "2"  # 1 kept no neurons.
     sizes = ("n_examples",)
     splices = ("recon",)
 
-    def __init__(self, *, n_rows: Positive) -> None:
-        self.n_rows = n_rows
+    def __init__(self, *, n_rows: Positive, neurons: bool) -> None:
+        self.n_rows, self.neurons = n_rows, neurons
 
     def check(self, setting: Setting) -> None:
         """See `Evaluator.check`: a causal language model, its residual stream, tokens of it."""
@@ -184,10 +132,12 @@ class Attribution(Evaluator):
         """The attributions of some of a batch's examples."""
         context = self.context
         assert context.model is not None and context.setting is not None
-        model, site = context.model(), context.setting.site
+        model, setting = context.model(), context.setting
         inputs = batch.inputs.map(lambda tensor: tensor[part])
-        x = batch.clean.sites[site.name][part][keep]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x, y = (
+            precise(batch.clean.sites[site.name][part][keep])
+            for site in (setting.site, setting.spliced_site)
+        )
         stream = batch.clean.sites[self.last.name][part]
         latents = context.sae.encode_sparse(x)
         context.spent["sae_encodes"] += len(x)
@@ -203,17 +153,20 @@ class Attribution(Evaluator):
             written = context.sae.unscaled(written, x)
             (slope,) = torch.autograd.grad(written, values, weight.to(written))
         attributed = (latents.values.detach() * slope).cpu().float()
+        neurons = in_half(y * weight) if self.neurons else in_half(y[:, :0])
         return Batch(
             inputs.ids.cpu()[example.cpu()], position.cpu(), token.cpu(), logit.cpu(),
             Latents(
                 latents.offsets.cpu(), latents.indices.cpu().int(), attributed, latents.d_sae
             ),
+            neurons.cpu(),
         )  # fmt: skip
 
     def _keep(self, batch: Batch) -> None:
         """Keep the examples of a batch that there is room for; none after one that is left out."""
         rows = torch.arange(1, len(batch.position) + 1)
-        n_bytes = ROW_BYTES * rows + ENTRY_BYTES * batch.latents.offsets[1:]
+        row_bytes = ROW_BYTES + NEURON_BYTES * batch.neurons.shape[1]
+        n_bytes = row_bytes * rows + ENTRY_BYTES * batch.latents.offsets[1:]
         ends = torch.ones(len(rows), dtype=torch.bool)  # Rows that are the last of an example.
         ends[:-1] = batch.example_id.diff() != 0
         fit = ends & (rows <= self.rows_left) & (n_bytes <= self.bytes_left)
@@ -250,6 +203,8 @@ class Attribution(Evaluator):
             "example_id": example_id, "position": position.int(), "next_token": next_token.int(),
             "offsets": latents.offsets, "indices": latents.indices, "values": latents.values,
         }  # fmt: skip
+        if self.neurons:
+            arrays["neurons"] = torch.cat([batch.neurons for batch in batches])
         return Findings(
             {"attribution": scalars.values}, notes=scalars.notes, arrays={"attributions": arrays}
         )
@@ -262,21 +217,7 @@ def has_next(inputs: Inputs, n_tokens: int) -> Bool[Tensor, "n t"]:
     return own & torch.nn.functional.pad(own[:, 1:], (0, 1))
 
 
-def last_stream(model: Model, site: SiteInfo) -> SiteInfo:
-    """The residual stream after the last block, which a site must be a part of.
-
-    What logits are read from after the final norm is a stream of its own.
-
-    Raises:
-        ConfigError: the model has none, or the site is no part of it.
-    """
-    if site.name == NORMED:
-        return site
-    streams = [info for name, info in model.sites().items() if name.endswith(".resid_post")]
-    kind = site.name.rpartition(".")[2]
-    if not streams or kind not in IN_STREAM or site.d != streams[-1].d:
-        raise ConfigError(
-            f"not applicable: {site.name} adds nothing to a residual stream that logits are read "
-            f"from; use a site of {', '.join((*IN_STREAM, NORMED))}"
-        )
-    return streams[-1]
+def in_half(x: Float[Tensor, "n d"]) -> Float16[Tensor, "n d"]:
+    """In half precision, without the infinities that it makes of what is too large for it."""
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most).half()

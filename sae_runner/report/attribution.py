@@ -4,7 +4,8 @@ The evaluator `attribution` kept for both what each latent a_j(t) says at a toke
 that comes next. Over the rows (example, position) that both have, and at which both mean the same
 next token, ρ_jk is the Pearson correlation of a¹_j and a²_k, as `firing` takes it of activations:
 after Bricken et al. 2023, logit similarity. It needs no common space and no common model, but one
-tokenizer. The baseline is shuffled within positions.
+tokenizer. The baselines are those of `firing`: shuffled within positions, and neurons, which are
+the attributions of the raw coordinates of both sites.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from sae_runner.evaluators._codes import Codes
-from sae_runner.report.firing import firing, unit_keys
+from sae_runner.report.firing import firing, unit_keys, unknown
 
 LEAST_SAME = 0.5
 """Share of common rows with one next token, below which two tokenizers agree by chance alone."""
@@ -28,14 +29,19 @@ class Attributions(NamedTuple):
     next_token: npt.NDArray[np.int64]
     matrix: Any
     """scipy CSR [n, d_sae]."""
+    neurons: Any = None
+    """[n, d]; None where the evaluator kept none."""
 
 
-def attribution(one: Attributions, two: Attributions, seed: int) -> tuple[dict[str, Any], str]:
-    """Metrics of `firing`, of attributions, by name, and why they are null if they are.
+def attribution(
+    one: Attributions, two: Attributions, *, neurons: bool, seed: int
+) -> tuple[dict[str, Any], str]:
+    """Metrics of `firing`, of attributions, by name, and why those of latents are null if they are.
 
     Args:
         one: of the first run.
         two: of the second.
+        neurons: whether raw coordinates are compared too; null where one side has none.
         seed: of the shuffled baseline.
     """
     keys = [unit_keys(side.example_id, side.position) for side in (one, two)]
@@ -50,10 +56,16 @@ def attribution(one: Attributions, two: Attributions, seed: int) -> tuple[dict[s
             "tokenizers differ, or how texts begin (model.prepend_bos)"
         )
         same[:] = False
-    both = (codes_of(side, at[same]) for side, at in ((one, of_one), (two, of_two)))
-    found = firing(*both, by_row=True, seed=seed)
-    if not why and None in found.values():
+    # In the order of their keys, as units are.
+    chosen = [(one, of_one[same]), (two, of_two[same])]
+    codes = (codes_of(side, rows) for side, rows in chosen)
+    placed = [(side.neurons, rows) for side, rows in chosen]
+    kept = neurons and all(x is not None for x, _ in placed)
+    found = firing(*codes, by_row=True, seed=seed, neurons=placed if kept else None)
+    if not why and found["max_corr_mean_12"] is None:
         why = f"no latent varies over the {found['n_units']} rows"
+    if neurons and not kept:
+        found |= unknown("_neurons")
     return {"n_common": n_common, "n_other_token": n_common - n_same, **found}, why
 
 

@@ -34,6 +34,8 @@ MOST_STRATA, LEAST_IN_ONE = 32, 64
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HIGH = 0.5
 Vector = npt.NDArray[np.float64]
+Placed = tuple[Any, npt.NDArray[np.int64]]
+"""Coordinates [m, d], and which of their rows are looked at, in order."""
 
 
 class Units(NamedTuple):
@@ -50,7 +52,7 @@ class Units(NamedTuple):
 
 
 def firing(
-    one: Codes, two: Codes, *, by_row: bool, seed: int, neurons: Sequence[Any] | None = None
+    one: Codes, two: Codes, *, by_row: bool, seed: int, neurons: Sequence[Placed] | None = None
 ) -> dict[str, Any]:
     """Metrics of two SAEs' firing by name; null where fewer than two units or latents are left.
 
@@ -59,7 +61,7 @@ def firing(
         two: latents of the second.
         by_row: whether units are rows, or examples.
         seed: of the shuffled baseline.
-        neurons: coordinates of both sites on all of their units, [n, d], in the order of `keys_of`.
+        neurons: coordinates of both sites, and their rows of all units in the order of `keys_of`.
     """
     units = common_units(one, two, by_row=by_row)
     permutation = shuffle(units.stratum, seed)
@@ -68,9 +70,10 @@ def firing(
     chance = max_correlations(units.one, units.two[permutation])
     found |= _directed(real, chance, "")
     if neurons is not None:
-        x = neurons[0], units.of_one
-        real = max_correlations_of_neurons(x, (neurons[1], units.of_two))
-        chance = max_correlations_of_neurons(x, (neurons[1], units.of_two[permutation]))
+        (x, of_one), (y, of_two) = neurons
+        one_side, rows = (x, of_one[units.of_one]), of_two[units.of_two]
+        real = max_correlations_of_neurons(one_side, (y, rows))
+        chance = max_correlations_of_neurons(one_side, (y, rows[permutation]))
         found |= _directed(real, chance, "_neurons")
     return found
 
@@ -85,6 +88,12 @@ def _directed(
         found |= {f"{name}{what}_{way}": value for name, value in summary(best).items()}
         found |= {f"{name}{what}_shuffled_{way}": value for name, value in summary(lucky).items()}
     return found
+
+
+def unknown(what: str) -> dict[str, None]:
+    """The metrics that `what` (`_neurons`) adds to those of latents, where there is none."""
+    none = np.empty(0)
+    return dict.fromkeys(_directed((none, none), (none, none), what))
 
 
 def summary(best: Vector) -> dict[str, Any]:
@@ -205,9 +214,6 @@ def moments(a: Any) -> tuple[Vector, Vector]:
 
 
 # -- Neurons -------------------------------------------------------------------------------------
-
-Placed = tuple[Any, npt.NDArray[np.int64]]
-"""Coordinates [m, d], and which of their rows are looked at, in order."""
 
 
 def max_correlations_of_neurons(a: Placed, b: Placed) -> tuple[Vector, Vector]:

@@ -49,12 +49,13 @@ class FiringOptions(NamedTuple):
 class AttributionOptions(NamedTuple):
     """The `attribution` block of configs/report.yaml."""
 
+    neurons: bool
     seed: int
 
     @classmethod
-    def from_config(cls, *, seed: NonNegative) -> "AttributionOptions":
+    def from_config(cls, *, neurons: bool, seed: NonNegative) -> "AttributionOptions":
         """Typed and in range."""
-        return cls(seed)
+        return cls(neurons, seed)
 
 
 class ProxyOptions(NamedTuple):

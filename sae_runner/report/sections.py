@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from sae_runner.report.heatmap import MOST
@@ -33,8 +32,8 @@ ATTRIBUTION_ABOUT = (
     "Correlation of what latents say for the next token (activation times logit weight of that "
     "token), over the rows at which both have the same one. max_corr: mean over the first run's "
     "latents of the greatest correlation with one of the second's (→), and the other way round "
-    "(←); shuffled: the same with the second's examples shuffled, which is chance. > .5: share of "
-    "latents with a partner above 0.5."
+    "(←); shuffled: the same with the second's examples shuffled, which is chance; neurons: the "
+    "same of the raw coordinates of the two sites. > .5: share of latents with a partner above 0.5."
 )
 RETENTION_ABOUT = (
     "Explanations of one SAE's latents, made on the first run's data and scored on the second's. "
@@ -64,14 +63,7 @@ def similarity_section(
 
 def firing_section(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> Section:
     """A row for each pair of runs."""
-    with_neurons = any("max_corr_mean_neurons_12" in record for record in records)
-    neurons = {"neurons →": "max_corr_mean_neurons_12", "neurons ←": "max_corr_mean_neurons_21",
-               "shuffled neurons →": "max_corr_mean_neurons_shuffled_12",
-               "shuffled neurons ←": "max_corr_mean_neurons_shuffled_21"}  # fmt: skip
-    neurons = neurons if with_neurons else {}
-    return _correlations(
-        "firing", "Latents that fire together", FIRING_ABOUT, records, notes, neurons
-    )
+    return _correlations("firing", "Latents that fire together", FIRING_ABOUT, records, notes)
 
 
 def attribution_section(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> Section:
@@ -87,11 +79,15 @@ def _correlations(
     about: str,
     records: Sequence[dict[str, Any]],
     notes: Sequence[str],
-    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Section:
+    neurons = {"neurons →": "max_corr_mean_neurons_12", "neurons ←": "max_corr_mean_neurons_21",
+               "shuffled neurons →": "max_corr_mean_neurons_shuffled_12",
+               "shuffled neurons ←": "max_corr_mean_neurons_shuffled_21"}  # fmt: skip
+    if not any("max_corr_mean_neurons_12" in record for record in records):
+        neurons = {}
     columns = {"max_corr →": "max_corr_mean_12", "max_corr ←": "max_corr_mean_21",
                "shuffled →": "max_corr_mean_shuffled_12",
-               "shuffled ←": "max_corr_mean_shuffled_21", **more, "> .5 →": "frac_above_half_12",
+               "shuffled ←": "max_corr_mean_shuffled_21", **neurons, "> .5 →": "frac_above_half_12",
                "> .5 ←": "frac_above_half_21", "over": "over"}  # fmt: skip
     shown = [{**r, "over": f"{r['n_units']:,} {r['unit']}s"} for r in records]
     return _pairs(name, title, about, columns, shown, notes)._replace(records=list(records))

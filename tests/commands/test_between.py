@@ -259,7 +259,8 @@ def attribute(run: Path, *, token: int = 0, **more: Any) -> Path:
         "example_id": n // 5, "position": n.astype(np.int32) % 5,
         "next_token": (n + token).astype(np.int32), "offsets": np.arange(201) * 2,
         "indices": generator.integers(0, d_sae, 400).astype(np.int32),
-        "values": generator.standard_normal(400).astype(np.float32), **more,
+        "values": generator.standard_normal(400).astype(np.float32),
+        "neurons": generator.standard_normal((200, 3)).astype(np.float16), **more,
     }, path)  # fmt: skip
     report["evaluators"]["attribution"] = report["evaluators"]["density"] | {
         "evaluator": "attribution", "type": "attribution", "metrics": {}, "ci": {}, "notes": [],
@@ -282,10 +283,16 @@ def test_what_latents_say_is_compared_where_both_runs_kept_it(
     attribute(b)
     found = compared(["a", "b"], "compare=attribution")["attribution"]
     (record,), options = found["found"], found["options"]
-    assert options == {"seed": 0} and record["differ_in"] == ["seed"] and record["notes"] == []
+    assert (
+        options == {"neurons": True, "seed": 0}
+        and record["differ_in"] == ["seed"]
+        and record["notes"] == []
+    )
     assert (record["unit"], record["n_units"], record["n_common"]) == ("row", 200, 200)
     assert record["max_corr_quantiles_12"]["0.05"] == pytest.approx(1)
     assert record["max_corr_mean_shuffled_21"] < 0.6
+    assert record["max_corr_mean_neurons_21"] == pytest.approx(1)
+    assert record["max_corr_mean_neurons_shuffled_12"] < 0.3
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Latents that say the same" in page and "200 rows" in page
     assert (tmp_path / "out" / "attribution.csv").is_file()
@@ -300,9 +307,34 @@ def test_what_latents_say_is_compared_where_both_runs_kept_it(
     assert found["found"][0]["notes"] == [why] and found["notes"] == [f"a and b: {why}"]
 
 
+def test_neurons_that_a_run_did_not_keep_are_null_and_it_says_how_to_get_them(
+    compared: Compared, outputs: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    a, b = (outputs / "train" / name for name in "ab")
+    attribute(a)
+    path = attribute(b)
+    save_file({k: v for k, v in load_file(path).items() if k != "neurons"}, path)
+    found = compared(["a", "b"], "compare=attribution")["attribution"]
+    (record,) = found["found"]
+    why = (
+        f"#2 kept no attributions of raw coordinates; `sae-run eval checkpoint={b} "
+        "evaluators=[attribution]` does"
+    )
+    assert record["notes"] == [why] and found["notes"] == [f"a and b: {why}"]
+    assert record["max_corr_mean_12"] > 0.9
+    assert {v for k, v in record.items() if "neurons" in k} == {None}
+    assert "neurons →" in (tmp_path / "out" / "report.md").read_text()
+    left_out = compared(["a", "b"], "compare=attribution", "attribution.neurons=false")
+    (of_latents,) = left_out["attribution"]["found"]
+    assert of_latents == {k: v for k, v in record.items() if "neurons" not in k} | {"notes": []}
+    assert "neurons →" not in (tmp_path / "out" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("indices", 10_000), ("position", 5), ("offsets", 3)]
-)  # fmt: skip
+    ("key", "value"), [("indices", 10_000), ("position", 5), ("offsets", 3), ("neurons", 199)]
+)
 def test_damaged_attributions_are_left_out_and_named(
     compared: Compared, outputs: Path, key: str, value: int
 ) -> None:
@@ -311,7 +343,7 @@ def test_damaged_attributions_are_left_out_and_named(
     attribute(outputs / "train" / "a")
     damaged = {
         "indices": np.full(400, value, np.int32), "position": np.zeros(value, np.int32),
-        "offsets": np.arange(201) * value,
+        "offsets": np.arange(201) * value, "neurons": np.zeros((value, 2), np.float16),
     }  # fmt: skip
     path = attribute(outputs / "train" / "b", **{key: damaged[key]})
     for _ in range(2):

@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 from sae_runner.config import preset
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS, attribution
+from sae_runner.evaluators._direct_logits import DirectLogits
 from sae_runner.evaluators.base import Setting
 from sae_runner.models.base import Inputs, Tap
 from sae_runner.report.attribution import Attributions
@@ -19,7 +20,7 @@ from sae_runner.report.firing import correlations
 from sae_runner.saes import SAES
 from sae_runner.site import TokenSelection
 
-CFG = {"type": "attribution", "n_rows": 1000}
+CFG = {"type": "attribution", "n_rows": 1000, "neurons": True}
 D_SAE, LAST = 16, f"blocks.{N_BLOCKS - 1}.resid_post"
 
 
@@ -92,6 +93,15 @@ def entries(arrays):
             yield *where, int(arrays["indices"][i]), float(arrays["values"][i])
 
 
+def assert_neurons(arrays, x, weights):
+    """Each row's are x_i h_i, to half precision."""
+    columns = (arrays[key].tolist() for key in ("example_id", "position", "next_token"))
+    places = zip(*columns, strict=True)
+    expected = [x[e, t].numpy() * weights[e, t][:, token] for e, t, token in places]
+    assert arrays["neurons"].dtype == torch.float16
+    assert_allclose(arrays["neurons"].double(), expected, rtol=2**-11, atol=2**-25)
+
+
 def weights_of(host, inputs, site):
     """x at a site, and for each token what a vector there adds to the logits, by NumPy."""
     with torch.no_grad():
@@ -127,6 +137,7 @@ def test_every_attribution_is_that_of_numpy(
         seen.setdefault((example, t), []).append(latent)
     # Position 0 is dropped; the last token of a text has none after it.
     assert set(seen) == {(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)}
+    assert_neurons(found.arrays["attributions"], x, weights)
     for (example, t), latents in seen.items():
         assert latents == sae.encode(x[example, t][None])[0].nonzero()[:, 0].tolist()
 
@@ -144,6 +155,8 @@ def test_behind_the_final_norm_weights_are_the_heads(measure_spliced, inputs, sa
         weight = head[:, token] - head.mean(1)
         assert_allclose(value, f * decoder[latent] @ weight, rtol=1e-5)
     assert n > 6
+    weights = np.broadcast_to(head - head.mean(1, keepdims=True), (*x.shape[:2], D, VOCAB))
+    assert_neurons(found.arrays["attributions"], x, weights)
 
 
 @pytest.mark.parametrize("network", [Network, Normed, Centred])
@@ -151,7 +164,7 @@ def test_all_that_is_in_the_stream_sums_to_the_logit(inputs, network):
     of = host_of(network)
     with torch.no_grad():
         stream, whole = of.record(inputs, [LAST])[LAST], of.forward(inputs)
-        head = attribution.DirectLogits(of, of.sites()[LAST], inputs, stream)
+        head = DirectLogits(of, of.sites()[LAST], inputs, stream)
         at = torch.tensor([0, 1, 2]), torch.tensor([3, 0, 1]), torch.tensor([5, 2, 8])
         weights, logit = head.weights(inputs, stream, *at)
     assert head.centres == (network is Centred)
@@ -159,6 +172,21 @@ def test_all_that_is_in_the_stream_sums_to_the_logit(inputs, network):
     bias = getattr(of.network, "bias", torch.zeros(D).double()) @ of.network.head.detach()
     said = (weights * stream[at[:2]]).sum(1)
     assert_allclose(said, logit - (bias - bias.mean())[at[2]], rtol=1e-9)
+
+
+@pytest.mark.parametrize("site", [SITE, "blocks.2.mlp_out", LAST])
+def test_neurons_sum_to_all_that_a_site_says_directly(measure_spliced, normed, texts, sae, site):
+    arrays = measure_spliced(CFG, sae, [texts], host=normed, site=site).arrays["attributions"]
+    at = arrays["example_id"], arrays["position"].long()
+    with torch.no_grad():
+        seen = normed.record(texts, list(dict.fromkeys([site, LAST])))
+        scale = seen[LAST].square().mean(-1, keepdim=True).sqrt()  # As the model has it.
+        said = (seen[site] / scale) @ normed.network.head
+        whole = normed.forward(texts)
+    said, whole = (x - x.mean(2, keepdim=True) for x in (said, whole))
+    token = arrays["next_token"].long()
+    assert_allclose(arrays["neurons"].double().sum(1), said[(*at, token)], rtol=2e-3, atol=2e-3)
+    assert torch.allclose(said, whole) == (site == LAST)
 
 
 def test_the_metrics_are_sums_of_what_is_kept(measure_spliced, normed, inputs, sae):
@@ -207,6 +235,9 @@ def test_a_transcoders_latents_add_to_what_it_predicts(measure_spliced, host, in
     for example, t, token, latent, value in entries(found.arrays["attributions"]):
         f = coder.encode(x[example, t][None])[0, latent].item()
         assert_allclose(value, f * decoder[latent] @ weights[example, t][:, token], rtol=1e-5)
+    with torch.no_grad():
+        written = host.record(inputs, ["blocks.1.mlp_out"])["blocks.1.mlp_out"]
+    assert_neurons(found.arrays["attributions"], written, weights)
 
 
 def test_batches_change_nothing(measure_spliced, normed, texts, sae):
@@ -229,13 +260,42 @@ def test_as_many_whole_examples_are_kept_as_fit(
     for name, column in kept.items():
         assert_allclose(column, whole[name][: len(column)], rtol=1e-6, err_msg=name)
     assert kept["offsets"][-1] == len(kept["values"])
-    monkeypatch.setattr(attribution, "ROW_BYTES", 2 * 10**9 // 15)  # Of `keep_bytes`: 14 rows.
-    found = measure_spliced(CFG, sae, batches, host=normed)
-    assert found.metrics["attribution"]["n_tokens"] == 14
+    # Of `keep_bytes`: 14 rows.
+    for name, n_bytes in (("ROW_BYTES", 2 * 10**9 // 15), ("NEURON_BYTES", 2 * 10**9 // 15 // D)):
+        with monkeypatch.context() as patch:
+            patch.setattr(attribution, name, n_bytes)
+            found = measure_spliced(CFG, sae, batches, host=normed)
+        assert found.metrics["attribution"]["n_tokens"] == 14
     found = measure_spliced(CFG | {"n_rows": 6}, sae, batches, host=normed)
     assert found.metrics["attribution"]["n_tokens"] == 0
     assert found.metrics["attribution"]["direct"] is None and not found.arrays
     assert {note.detail[:30] for note in found.notes} == {"the first example takes more t"}
+
+
+def test_bytes_are_those_that_are_kept(measure_spliced, normed, texts, sae):
+    arrays = measure_spliced(CFG, sae, [texts], host=normed).arrays["attributions"]
+    n, nnz = len(arrays["position"]), len(arrays["values"])
+    # An id, a position, a token and an offset; a place and a value; a coordinate.
+    assert attribution.ROW_BYTES * n == sum(
+        arrays[key].nbytes for key in ("example_id", "position", "next_token")
+    ) + (arrays["offsets"].nbytes - 8)
+    assert attribution.ENTRY_BYTES * nnz == arrays["indices"].nbytes + arrays["values"].nbytes
+    assert attribution.NEURON_BYTES * n * D == arrays["neurons"].nbytes
+
+
+def test_neurons_can_be_left_out(measure_spliced, normed, texts, sae, monkeypatch):
+    whole = measure_spliced(CFG, sae, [texts], host=normed).arrays["attributions"]
+    monkeypatch.setattr(attribution, "NEURON_BYTES", 10**9)  # Which counts no longer.
+    found = measure_spliced(CFG | {"neurons": False}, sae, [texts], host=normed)
+    arrays = found.arrays["attributions"]
+    assert arrays.keys() == whole.keys() - {"neurons"} and not found.notes
+    for name, column in arrays.items():
+        assert torch.equal(column, whole[name])
+
+
+def test_what_is_too_large_for_half_precision_stays_finite():
+    given = torch.tensor([[1e6, -1e30, 65504.0, 0.1]])
+    assert attribution.in_half(given).tolist() == [[65504, -65504, 65504, pytest.approx(0.1, 1e-3)]]
 
 
 def turned(host, sae, Q, order):
@@ -263,7 +323,7 @@ def kept_by(findings):
     matrix = csr_array((arrays["values"], arrays["indices"], arrays["offsets"]),
                        shape=(len(arrays["position"]), D_SAE))  # fmt: skip
     columns = (arrays[name].astype(np.int64) for name in ("example_id", "position", "next_token"))
-    return Attributions(*columns, matrix)
+    return Attributions(*columns, matrix, arrays["neurons"])
 
 
 def test_in_other_coordinates_latents_say_the_same_up_to_their_order(
@@ -284,16 +344,37 @@ def test_in_other_coordinates_latents_say_the_same_up_to_their_order(
     for k, j in enumerate(order.tolist()):
         if fires[j]:
             assert np.nanargmax(rho[:, k]) == j and rho[j, k] == pytest.approx(1, abs=1e-5)
-    found, why = compared(one, two, seed=0)
+    found, why = compared(one, two, neurons=True, seed=0)
     assert not why and found["n_units"] == 60 * 7 and found["n_other_token"] == 0
     assert found["max_corr_quantiles_12"]["0.05"] == pytest.approx(1, abs=1e-5)
     assert found["frac_above_half_21"] == 1 and found["frac_above_half_shuffled_12"] < 0.1
     assert found["n_constant_1"] == found["n_constant_2"] == (~fires).sum()
+    # Coordinates are others now: each is a bit of many.
+    assert found["max_corr_quantiles_neurons_12"]["0.95"] < 0.7
     # Of another model with the same texts it is chance, or little more.
     torch.nn.init.normal_(other.network.head, generator=generator)
     stranger = kept_by(measure_spliced(CFG, coder, [texts], host=other))
-    apart, _ = compared(one, stranger, seed=0)
+    apart, _ = compared(one, stranger, neurons=False, seed=0)
     assert apart["max_corr_mean_12"] < 0.6 < found["max_corr_mean_12"]
+    assert not any("neurons" in key for key in apart)
+
+
+def test_neurons_of_a_model_whose_coordinates_are_in_another_order_say_the_same(
+    measure_spliced, normed, texts, sae
+):
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    other, coder = turned(normed, sae, torch.eye(D).double()[:, order], torch.arange(D_SAE))
+    one, two = (
+        kept_by(measure_spliced(CFG, s, [texts], host=h))
+        for h, s in ((normed, sae), (other, coder))
+    )
+    rho = np.corrcoef(one.neurons.astype(float).T, two.neurons.astype(float).T)[:D, D:]
+    assert (rho.argmax(0) == order.numpy()).all() and (np.sort(rho, 0)[-2] < 0.9).all()
+    found, why = compared(one, two, neurons=True, seed=0)
+    assert not why and found["n_constant_neurons_1"] == 0
+    for way in ("12", "21"):
+        assert found[f"max_corr_quantiles_neurons_{way}"]["0.05"] == pytest.approx(1, abs=1e-5)
+        assert found[f"max_corr_mean_neurons_shuffled_{way}"] < 0.2
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,15 @@ from sae_runner.report.attribution import Attributions, attribution
 from sae_runner.report.firing import max_correlations
 
 
-def made(acts: Any, ids: Any = None, place: Any = None, token: Any = None) -> Attributions:
+def made(
+    acts: Any, ids: Any = None, place: Any = None, token: Any = None, neurons: Any = None
+) -> Attributions:
     """Of rows of four an example."""
     n = len(acts)
     ids = np.arange(n) // 4 if ids is None else ids
     place = np.arange(n) % 4 if place is None else place
     token = np.arange(n) % 7 if token is None else token
-    return Attributions(ids, place, token, csr_array(np.asarray(acts, np.float64)))
+    return Attributions(ids, place, token, csr_array(np.asarray(acts, np.float64)), neurons)
 
 
 def sparse(n: int, d_sae: int, seed: int = 0) -> Any:
@@ -32,7 +34,7 @@ def test_maxima_are_numpys_over_the_rows_with_one_next_token() -> None:
     token = np.arange(n) % 7
     token[order[:30]] += 1
     one, two = made(acts), made(other[order], order // 4, order % 4, token[order])
-    found, why = attribution(one, two, seed=0)
+    found, why = attribution(one, two, neurons=False, seed=0)
     assert why == "" and (found["n_common"], found["n_units"]) == (200, 170)
     assert found["n_other_token"] == 30 and found["unit"] == "row"
     rows = np.sort(order[30:])
@@ -46,9 +48,32 @@ def test_maxima_are_numpys_over_the_rows_with_one_next_token() -> None:
     assert found["max_corr_mean_shuffled_12"] < 0.3 < found["max_corr_mean_12"]
 
 
+def test_neurons_are_those_of_the_same_rows() -> None:
+    n, generator = 240, np.random.default_rng(3)
+    acts, x = sparse(n, 4), generator.standard_normal((n, 3)).astype(np.float16)
+    y = np.stack([x[:, 2], -x[:, 0], x[:, 1] + generator.standard_normal(n)], 1).astype(np.float16)
+    order = generator.permutation(n)[:200]
+    token = np.arange(n) % 7
+    token[order[:30]] += 1
+    one = made(acts, neurons=x)
+    two = made(acts[order], order // 4, order % 4, token[order], y[order])
+    found, why = attribution(one, two, neurons=True, seed=0)
+    rows = np.sort(order[30:])
+    rho = np.corrcoef(x[rows].astype(float).T, y[rows].astype(float).T)[:3, 3:]
+    assert why == "" and found["n_units"] == 170
+    assert found["max_corr_mean_neurons_12"] == pytest.approx(rho.max(1).mean(), abs=1e-6)
+    assert found["max_corr_mean_neurons_21"] == pytest.approx(rho.max(0).mean(), abs=1e-6)
+    assert rho.max(1) == pytest.approx([0.1, 0.7, 1], abs=0.15)
+    assert found["max_corr_mean_neurons_shuffled_12"] < 0.25
+    latents = {k: v for k, v in found.items() if "neurons" not in k}
+    assert attribution(one, two, neurons=False, seed=0) == (latents, "")
+    without, why = attribution(one, two._replace(neurons=None), neurons=True, seed=0)
+    assert without == latents | dict.fromkeys(found.keys() - latents) and why == ""
+
+
 def test_a_sign_is_not_looked_past() -> None:
     acts = sparse(200, 4)
-    found, _ = attribution(made(acts), made(-acts), seed=0)
+    found, _ = attribution(made(acts), made(-acts), neurons=False, seed=0)
     assert found["max_corr_mean_12"] < 0.3
     assert max_correlations(csr_array(acts), csr_array(acts))[0] == pytest.approx(1)
 
@@ -57,17 +82,17 @@ def test_where_tokens_differ_nothing_is_said() -> None:
     acts, n = sparse(80, 4), 80
     token = np.arange(n) % 7
     token[: n // 2 + 1] += 7
-    found, why = attribution(made(acts), made(acts, token=token), seed=0)
+    found, why = attribution(made(acts), made(acts, token=token), neurons=False, seed=0)
     assert why.startswith("the next token is the same at 39 of 80 common rows: their tokenizers")
     assert found["max_corr_mean_12"] is None and found["n_units"] == 0
     token[n // 2] -= 7
-    found, why = attribution(made(acts), made(acts, token=token), seed=0)
+    found, why = attribution(made(acts), made(acts, token=token), neurons=False, seed=0)
     assert why == "" and found["n_units"] == 40
 
 
 def test_without_common_rows_or_latents_nothing_is_said() -> None:
     acts = sparse(80, 4)
-    found, why = attribution(made(acts), made(acts, np.arange(80) + 500), seed=0)
+    found, why = attribution(made(acts), made(acts, np.arange(80) + 500), neurons=False, seed=0)
     assert why == "they have no row in common" and found["max_corr_mean_21"] is None
-    found, why = attribution(made(acts), made(0 * acts), seed=0)
+    found, why = attribution(made(acts), made(0 * acts), neurons=False, seed=0)
     assert why == "no latent varies over the 80 rows" and found["n_constant_2"] == 4

@@ -42,6 +42,11 @@ def csr(acts: Tensor) -> Any:
     return csr_array(acts.double().numpy())
 
 
+def placed(*coordinates: Any) -> list[Any]:
+    """All of their rows, as they are."""
+    return [(x, np.arange(len(x))) for x in coordinates]
+
+
 def test_correlations_are_numpys_and_constant_latents_have_none() -> None:
     one, two = sparse(300, 9), sparse(300, 7, 1)
     one[:, 2], one[:, 3], two[:, 4] = 0, 0.7, 0
@@ -139,7 +144,7 @@ def test_shuffling_keeps_what_the_length_of_an_example_makes_of_peaks() -> None:
         best = torch.full((640, 6), -torch.inf)
         best.scatter_reduce_(0, ids[:, None].expand_as(x), x, "amax")
         peaks.append(best.numpy())
-    found = firing(made[0], made[1], by_row=False, seed=0, neurons=peaks)
+    found = firing(made[0], made[1], by_row=False, seed=0, neurons=placed(*peaks))
     for way in ("12", "21"):
         real, chance = (found[f"max_corr_mean_neurons_{s}{way}"] for s in ("", "shuffled_"))
         assert 0.4 < real < 1.15 * chance
@@ -220,7 +225,7 @@ def test_neurons_are_compared_on_the_units_of_the_latents() -> None:
     kept = torch.arange(n)[30:]  # The second has no rows of the first ten examples.
     x = raw(n, 4)
     one, two = codes(acts, ids, place), codes(acts[kept], ids[kept], place[kept])
-    found = firing(one, two, by_row=True, seed=0, neurons=[x, 3 * x[30:] + 1])
+    found = firing(one, two, by_row=True, seed=0, neurons=placed(x, 3 * x[30:] + 1))
     assert found["n_units"] == 60 and found["n_constant_neurons_1"] == 1
     for way in ("12", "21"):
         assert found[f"max_corr_mean_neurons_{way}"] == pytest.approx(1, abs=1e-5)
@@ -228,5 +233,5 @@ def test_neurons_are_compared_on_the_units_of_the_latents() -> None:
     without = firing(one, two, by_row=True, seed=0)
     assert found.keys() > without.keys()
     assert {k: found[k] for k in without} == without
-    turned = firing(one, two, by_row=True, seed=0, neurons=[x, -x[30:]])
+    turned = firing(one, two, by_row=True, seed=0, neurons=placed(x, -x[30:]))
     assert turned["max_corr_mean_neurons_12"] < 0.5  # A sign is not looked past.
