@@ -15,7 +15,7 @@ COMMON_KEYS = frozenset({"site", "tokens", "batch_size"})
 
 
 def build_model(cfg: Any, **runtime: Any) -> "Model":
-    """The host that a `model` config describes.
+    """The host that a `model` config describes; gradients flow through its weights, not to them.
 
     Run-time objects a host may declare as positional parameters: `device` (torch.device), `dataset`
     (Dataset; for hosts that train here), `outputs` (Path), `meta` (bool: True builds the network
@@ -23,4 +23,6 @@ def build_model(cfg: Any, **runtime: Any) -> "Model":
     """
     options = {k: v for k, v in plain(cfg).items() if k not in COMMON_KEYS}
     model: Model = MODELS.build(options, **runtime)
+    for parameter in model.parameters():  # Or whoever wants a gradient records the whole network.
+        parameter.requires_grad_(False)
     return model

@@ -75,7 +75,6 @@ class Timm(HookedModel):
         )
         self.device = torch.device("meta" if meta else device)
         self.dtype = DTYPES[precision]
-        network.requires_grad_(False)
         self.network: nn.Module = network.to(self.device, self.dtype).eval()
         self.version = timm.__version__
         trunk = find_sites(network, self.probe(1).tensors["pixels"].to(self.dtype))

