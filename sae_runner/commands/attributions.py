@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from sae_runner.commands.between import Member, Record, on_same_data, pair_record
+from sae_runner.commands.between import Member, Record, begun_alike, on_same_data, pair_record
 from sae_runner.commands.corpora import folder_of
 from sae_runner.errors import StoreError
 from sae_runner.log import Progress
@@ -14,6 +14,7 @@ from sae_runner.report.options import AttributionOptions
 
 TYPE, KEPT = "attribution", "attributions"
 MEASURING = f"`sae-run eval checkpoint={{}} evaluators=[{TYPE}]` does"
+OTHER_TOKEN = "the next token differs at {:,} of {:,} common rows, which are left out"
 NO_NEURONS = f"#{{}} kept no attributions of raw coordinates; {MEASURING}"
 
 
@@ -33,11 +34,15 @@ def attributions(
             found, why = attribution(
                 kept[a.number], kept[b.number], neurons=options.neurons, seed=options.seed
             )
-            reasons = [why] if why else []
+            notes_of = begun_alike(a, b)
+            if why:
+                notes_of.append(why)
+            elif found["n_other_token"]:
+                notes_of.append(OTHER_TOKEN.format(found["n_other_token"], found["n_common"]))
             if options.neurons:
-                reasons += [NO_NEURONS.format(m.number, m.run.path) for m in (a, b)
+                notes_of += [NO_NEURONS.format(m.number, m.run.path) for m in (a, b)
                             if kept[m.number].neurons is None]  # fmt: skip
-            records.append({**pair_record(a, b), "notes": reasons, **found})
+            records.append({**pair_record(a, b), "notes": notes_of, **found})
             progress.advance(1)
     return records, notes
 

@@ -20,7 +20,10 @@ from sae_runner.report.similarity import Directions, similarity
 Record = dict[str, Any]
 Held = TypeVar("Held")
 ALL_ALIVE = "{} has no column n_fired (evaluator density): all its latents count as alive"
-UNBOUNDED = 2**62
+BEGUN_ALIKE = (
+    "both SAEs were drawn from seed {}: latents of one number began alike, and may be partners for "
+    "that; another seed says what training makes of them"
+)
 
 
 class Member(NamedTuple):
@@ -139,6 +142,20 @@ def pair_record(a: Member, b: Member) -> Record:
     }
 
 
+def begun_alike(a: Member, b: Member) -> list[str]:
+    """A note on two SAEs whose weights were drawn alike: their latents may be alike for that."""
+    starts = [
+        (m.run.config.get("seed"), m.run.config.get("init_from"), m.facts["sae"]["d_sae"],
+         m.facts["d_in"], m.facts["d_out"])
+        for m in (a, b)
+    ]  # fmt: skip
+    weights = [m.facts["sha256"]["sae.safetensors"] for m in (a, b)]
+    is_foreign = any("source" in m.facts for m in (a, b))  # Their seed is not known.
+    if is_foreign or starts[0] != starts[1] or weights[0] == weights[1]:
+        return []
+    return [BEGUN_ALIKE.format(starts[0][0])]
+
+
 def differing(a: Run, b: Run) -> list[str]:
     """Config groups of which two runs took another option, and keys that differ elsewhere."""
     chosen = [run.report["choices"] for run in (a, b)]
@@ -175,8 +192,9 @@ def similarities(
         for a, b in pairs:
             found = similarity(directions[a.number], directions[b.number], options)
             record = pair_record(a, b) | found
-            record["notes"] = [f"no latent of #{m.number} is alive" for m in (a, b)
-                               if not len(directions[m.number].decoder)]  # fmt: skip
+            record["notes"] = begun_alike(a, b)
+            record["notes"] += [f"no latent of #{m.number} is alive" for m in (a, b)
+                                if not len(directions[m.number].decoder)]  # fmt: skip
             records.append(record)
             progress.advance(1)
     return records, notes

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from sae_runner.checkpoint import load_sae
-from sae_runner.commands.between import Member, Record, on_same_data, pair_record
+from sae_runner.commands.between import Member, Record, begun_alike, on_same_data, pair_record
 from sae_runner.errors import ConfigError, StoreError
 from sae_runner.evaluators._codes import Codes
 from sae_runner.evaluators._collecting import CodesCollector, hashed
@@ -60,8 +60,9 @@ def firings(comparison: Comparison, options: FiringOptions) -> tuple[list[Record
                     neurons = [(x, np.arange(len(x))) for x in coordinates]
                 found = firing(*both, by_row=by_row, seed=options.seed, neurons=neurons)
             record = pair_record(a, b) | found
+            record["notes"] = begun_alike(a, b)
             if None in found.values():
-                record["notes"] = [f"no latent varies over the {found['n_units']} units"]
+                record["notes"] += [f"no latent varies over the {found['n_units']} units"]
             records.append(record)
             progress.advance(1)
     return records, notes

@@ -118,13 +118,21 @@ def _pairs(
          *(_shown(record[key]) for key in columns.values())]
         for record in records
     ]  # fmt: skip
-    reasons = dict.fromkeys(
-        f"{' and '.join(record['runs'])}: {note}" for record in records for note in record["notes"]
-    )
+    pairs: dict[str, list[str]] = {}
+    for record in records:
+        for note in record["notes"]:
+            pairs.setdefault(note, []).append(" and ".join(record["runs"]))
+    reasons = [f"{_some(of_note)}: {note}" for note, of_note in pairs.items()]
     return Section(
         name, title, about, ["run", "run", "differ in", *columns], rows, [*notes, *reasons],
         list(records),
     )  # fmt: skip
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many there are besides."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def proxy_section(found: Sequence[Correlation], notes: Sequence[str]) -> Section:
@@ -143,11 +151,7 @@ def proxy_section(found: Sequence[Correlation], notes: Sequence[str]) -> Section
             # What is constant is said once, not with every other metric.
             named = names.split(" and ") if reason else [f"{c.x} with {c.y}"]
             why.setdefault(f"{c.group}, {reason or c.note}", {}).update(dict.fromkeys(named))
-    nulls = [
-        f"without a correlation, {reason}: {', '.join([*names][:MOST_NAMED])}"
-        + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
-        for reason, names in why.items()
-    ]
+    nulls = [f"without a correlation, {reason}: {_some([*names])}" for reason, names in why.items()]
     sides = [len({getattr(c, axis) for c in with_rho}) for axis in ("x", "y")]
     if max(sides) > MOST:
         nulls.append(f"the figure shows {MOST} metrics of a side; the table has all")

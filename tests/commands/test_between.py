@@ -4,14 +4,17 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from sae_runner.checkpoint import load_sae
 from sae_runner.commands import report, train
+from sae_runner.commands.between import Member, begun_alike
 from sae_runner.commands.job import Job
 from sae_runner.errors import ConfigError, InputError, StoreError
+from sae_runner.report.runs import Run
 from sae_runner.report.schema import not_finite
 
 ComposeJob = Callable[..., Job]
@@ -305,6 +308,63 @@ def test_what_latents_say_is_compared_where_both_runs_kept_it(
         "begin (model.prepend_bos)"
     )
     assert found["found"][0]["notes"] == [why] and found["notes"] == [f"a and b: {why}"]
+
+
+def test_rows_whose_next_token_is_another_are_left_out_and_counted(
+    compared: Compared, outputs: Path
+) -> None:
+    import numpy as np
+
+    a, b = (outputs / "train" / name for name in "ab")
+    token = np.arange(200, dtype=np.int32)
+    token[:30] += 1
+    attribute(a)
+    attribute(b, next_token=token)
+    found = compared(["a", "b"], "compare=attribution")["attribution"]
+    why = "the next token differs at 30 of 200 common rows, which are left out"
+    assert found["found"][0]["notes"] == [why] and found["notes"] == [f"a and b: {why}"]
+    assert found["found"][0]["n_units"] == 170
+
+
+def test_saes_that_began_alike_are_said_to(compared: Compared, outputs: Path) -> None:
+    shutil.copytree(outputs / "train" / "b", outputs / "train" / "copy")  # Of no seed but its own.
+    for name in "ab":
+        attribute(outputs / "train" / name)
+    asked = "compare=[similarity,firing,attribution]"
+    for found in notes_of(compared(["b", "copy"], "compare=[similarity,firing]")):
+        assert found == []
+    for found in notes_of(compared(["a", "b"], asked)):
+        assert found == []
+    path = outputs / "train" / "b" / "report.json"
+    report = json.loads(path.read_text())
+    report["config"]["seed"] = 0
+    path.write_text(json.dumps(report))
+    for (note,) in notes_of(compared(["a", "b"], asked)):
+        assert note.startswith("a and b: both SAEs were drawn from seed 0: latents of one number")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "alike"),
+    [
+        ("d_in", 64, True), ("d_in", 32, False), ("d_out", 32, False), ("d_sae", 128, False),
+        ("seed", 1, False), ("init_from", "elsewhere", False), ("source", {}, False),
+        ("weights", "a", False),
+    ],
+)  # fmt: skip
+def test_saes_begin_alike_with_one_seed_and_shape(key: str, value: Any, alike: bool) -> None:
+    def member(**changes: Any) -> Member:
+        own = {"seed": 0, "init_from": None, "d_in": 64, "d_out": 64, "d_sae": 256, **changes}
+        facts = {k: own[k] for k in ("d_in", "d_out", "source") if k in own}
+        facts |= {"sae": {"d_sae": own["d_sae"]}, "sha256": {"sae.safetensors": own["weights"]}}
+        return Member(1, cast(Run, SimpleNamespace(config=own)), Path(), facts)
+
+    found = begun_alike(member(weights="a"), member(**{"weights": "b", key: value}))
+    assert bool(found) == alike
+
+
+def notes_of(comparisons: dict[str, Any]) -> list[list[str]]:
+    """What is said of each comparison."""
+    return [found["notes"] for name, found in comparisons.items() if name != "schema"]
 
 
 def test_neurons_that_a_run_did_not_keep_are_null_and_it_says_how_to_get_them(
