@@ -228,8 +228,9 @@ class Plan:
         names = ", ".join(pipeline.evaluators) or "no evaluators"
         yield "eval", f"{names} on {f'{n_rows.sense} {seen:,}'.strip()} held-out rows"
         if kinds := {kind for e in pipeline.evaluators.values() for kind in e.splices}:
+            times = "once" if kinds == {"clean"} else f"{len(kinds | {'clean'})} times"
             n_inputs = min(pipeline.eval_options.n_examples, self.examples.n["heldout"])
-            yield "", f"the model runs {1 + len(kinds)} times on {n_inputs:,} held-out examples"
+            yield "", f"the model runs {times} on {n_inputs:,} held-out examples"
         yield "run", f"{shown_path(pipeline.run_dir)}: {self.run_text()}"
 
     def objective_text(self) -> str:

@@ -34,7 +34,7 @@ from sae_runner.models.base import Inputs, Model
 from sae_runner.saes.base import SAE
 from sae_runner.splice import Run, run
 
-KINDS: tuple[SpliceKind, ...] = ("recon", "zero", "mean")
+KINDS: tuple[SpliceKind, ...] = ("clean", "recon", "zero", "mean")
 Found = Callable[[str, Findings, dict[str, Any]], None]
 
 
@@ -212,7 +212,8 @@ def _input_pass(going: Going, inputs: InputPass, sae: SAE, setting: Setting, cos
                     if spliced.kind in evaluator.splices:
                         with going.attempt(name):
                             evaluator.update_spliced(spliced)
-                cost.partial_forwards += len(batch)
+                if spliced.kind != "clean":
+                    cost.partial_forwards += len(batch)
                 if spliced.kind == "recon":
                     cost.sae_encodes += int(spliced.replaced.sum())
             cost.full_forwards += len(batch)
@@ -239,6 +240,9 @@ def splices(
     replaced = setting.selection.mask(site, inputs, found.shape[1])
     at = replaced.to(found.device)
     for kind in kinds:
+        if kind == "clean":
+            yield Spliced(kind, inputs, at, clean, clean)
+            continue
         match kind:
             case "recon":
                 x = clean.sites[site.name][at]

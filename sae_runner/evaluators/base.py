@@ -29,8 +29,9 @@ from sae_runner.site import TokenSelection
 from sae_runner.splice import Run
 
 Axis = Literal["faithfulness", "interpretability", "both"]
-SpliceKind = Literal["recon", "zero", "mean"]
-"""What stands at the selected tokens: the reconstruction, zeros, or the training rows' mean."""
+SpliceKind = Literal["clean", "recon", "zero", "mean"]
+"""What stands at the selected tokens: what did before, which takes no other run of the model; the
+reconstruction; zeros; or the training rows' mean."""
 
 
 class Rows(NamedTuple):
@@ -62,7 +63,8 @@ class Spliced(NamedTuple):
     """The tokens of the site that are replaced: those that the SAE was trained on."""
     clean: Run
     run: Run
-    """Watched sites are recorded for `recon` alone, in `clean` too; the site itself always."""
+    """`clean` where that is the kind. Watched sites are recorded there and for `recon` alone; the
+    site itself always."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Evaluator(ABC):
         """Take one batch of stored rows into account."""
 
     def update_spliced(self, batch: Spliced) -> None:  # noqa: B027 - likewise
-        """Take one batch of inputs into account; `recon` comes first of its kinds."""
+        """Take one batch of inputs into account; `clean` comes first of its kinds, then `recon`."""
 
     @abstractmethod
     def finish(self) -> Findings:

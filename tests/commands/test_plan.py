@@ -48,6 +48,20 @@ def test_the_numbers_are_those_that_training_then_has(plan, trained, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize(
+    ("splices", "said"),
+    [
+        ((), None), (("clean",), "the model runs once on 300"),
+        (("clean", "recon"), "the model runs 2 times on 300"),
+        (("recon", "zero", "mean"), "the model runs 4 times on 300"),
+    ],
+)  # fmt: skip
+def test_each_splice_is_another_run_of_the_model(plan, splices, said, monkeypatch):
+    monkeypatch.setattr("sae_runner.evaluators.sparsity.Sparsity.splices", splices)
+    found = [line for line in plan()[""] if line.startswith("the model runs")]
+    assert found == ([f"{said} held-out examples"] if said else [])
+
+
 def test_bytes_are_about_right(plan, trained, compose_job, small):
     from sae_runner.commands.pipeline import Pipeline
     from sae_runner.commands.plan import Plan

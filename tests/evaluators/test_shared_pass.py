@@ -159,6 +159,29 @@ def test_one_that_fails_leaves_the_others(context, method):
     assert list(failures) == ["broken"] and str(failures["broken"]) == "broken"
 
 
+def test_without_a_splice_the_model_runs_once(context, host, inputs):
+    class Clean(OfSplices):
+        splices = ("clean",)
+
+    alone = Clean()
+    found, _ = passes({"clean": alone}, context, rows(), host, inputs)
+    spent = found["clean"][1]
+    assert spent["full_forwards"] == 3 and spent["partial_forwards"] == spent["sae_encodes"] == 0
+    (batch,) = alone.spliced
+    assert batch.kind == "clean" and batch.run is batch.clean
+    assert set(batch.clean.sites) == {SITE, "blocks.2.resid_post"}
+    with torch.no_grad():
+        assert torch.equal(batch.clean.output, host.forward(inputs))
+    keep = context.setting.selection.mask(context.setting.site, inputs, 5)
+    assert torch.equal(batch.replaced, keep)
+    # Beside others it costs them nothing.
+    beside, spliced = Clean(), OfSplices()
+    found, _ = passes({"a": spliced, "b": beside}, context, rows(), host, inputs)
+    assert [b.kind for b in spliced.spliced] == ["recon", "mean"] and len(beside.spliced) == 1
+    spent = found["b"][1]
+    assert (spent["full_forwards"], spent["partial_forwards"]) == (3, 6)
+
+
 def test_one_that_fails_at_a_splice_leaves_the_others(context, host, inputs):
     broken = OfSplices()
     broken.update_spliced = lambda batch: 1 / 0
