@@ -30,13 +30,21 @@ would be most of the file for nothing.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Float16, Int64
 from torch import Tensor
 
-from sae_runner.config import Positive
+from sae_runner.config import NonNegative, Positive
 from sae_runner.errors import ConfigError
 from sae_runner.evaluators import EVALUATORS
+from sae_runner.evaluators._bootstrap import (
+    ClusterSums,
+    checked_resamples,
+    intervals,
+    ratio_of,
+)
 from sae_runner.evaluators._direct_logits import DirectLogits, last_stream
 from sae_runner.evaluators._numbers import NO_ROWS, Scalars
 from sae_runner.evaluators._predictions import precise
@@ -46,6 +54,11 @@ from sae_runner.saes.base import Latents
 
 N_LOGITS = 2**25
 """Logits that have a gradient at a time: 128 MB of float32; those of an example at least."""
+RATIOS = {
+    "direct": ("direct", "rows"), "logit": ("logit", "rows"),
+    "positive_frac": ("positive", "entries"),
+}  # fmt: skip
+"""Metrics, and what they are ratios of."""
 ENTRY_BYTES, ROW_BYTES, NEURON_BYTES = 8, 24, 2
 
 
@@ -80,15 +93,17 @@ class Attribution(Evaluator):
     Args:
         n_rows: rows at most, of whole examples; `eval.keep_gb` bounds them too.
         neurons: whether attributions of raw coordinates are kept too.
+        n_bootstrap: resamples of the examples for the intervals; 0 for none.
     """
 
     axis = "faithfulness"
-    version = "2"  # 1 kept no neurons.
+    version = "2"  # 1 kept no neurons, and gave no intervals.
     sizes = ("n_examples",)
-    splices = ("recon",)
+    splices = ("clean",)
 
-    def __init__(self, *, n_rows: Positive, neurons: bool) -> None:
+    def __init__(self, *, n_rows: Positive, neurons: bool, n_bootstrap: NonNegative) -> None:
         self.n_rows, self.neurons = n_rows, neurons
+        self.n_bootstrap = checked_resamples(n_bootstrap, "attribution")
 
     def check(self, setting: Setting) -> None:
         """See `Evaluator.check`: a causal language model, its residual stream, tokens of it."""
@@ -119,7 +134,7 @@ class Attribution(Evaluator):
         self.head: DirectLogits | None = None
 
     def update_spliced(self, batch: Spliced) -> None:
-        """Keep the attributions of a batch, some examples at a time; the splice is not used."""
+        """Keep the attributions of a batch, some examples at a time."""
         n_tokens, n_vocab = batch.clean.output.shape[1:]
         size = max(1, N_LOGITS // (n_tokens * n_vocab))
         keep = batch.replaced & has_next(batch.inputs, n_tokens).to(batch.replaced.device)
@@ -178,24 +193,26 @@ class Attribution(Evaluator):
             self.bytes_left -= int(n_bytes[n - 1])
 
     def finish(self) -> Findings:
-        """Category `attribution`, and the arrays of this module's head."""
+        """Category `attribution` with intervals, and the arrays of this module's head."""
         scalars = Scalars("attribution")
         n = sum(len(batch.position) for batch in self.batches)
         scalars.put("n_tokens", n)
         if not n:
             full = "the first example takes more than n_rows or eval.keep_gb allow; raise them"
-            for name in ("direct", "logit", "positive_frac"):
+            for name in RATIOS:
                 scalars.null(name, "zero_denominator", full if self.is_full else NO_ROWS)
             return Findings({"attribution": scalars.values}, notes=scalars.notes)
         batches, self.batches = self.batches, []
         columns = zip(*(batch[:4] for batch in batches), strict=True)
         example_id, position, next_token, logit = map(torch.cat, columns)
         latents = Latents.concatenate([batch.latents for batch in batches])
-        values = latents.values.double()
+        sums = sums_of(example_id, logit, latents)
         scalars.put("n_latents", int((latents.fired > 0).sum()))
-        scalars.ratio("direct", values.sum(), n, NO_ROWS)
-        scalars.ratio("logit", logit.double().sum(), n, NO_ROWS)
-        scalars.ratio("positive_frac", (values > 0).sum(), len(values), "no latent is active")
+        for name, (above, below) in RATIOS.items():
+            scalars.ratio(name, sums[above].sum(), sums[below].sum(), "no latent is active")
+        known = {f"attribution.{name}": ratio_of(*columns) for name, columns in RATIOS.items()
+                 if scalars.values[name] is not None}  # fmt: skip
+        ci, notes = intervals(sums, known, n_resamples=self.n_bootstrap, seed=self.context.seed)
         if self.is_full:
             detail = "further examples are left out; raise n_rows, or eval.keep_gb, to have more"
             scalars.note("n_tokens", "too_few_examples", detail)
@@ -206,8 +223,20 @@ class Attribution(Evaluator):
         if self.neurons:
             arrays["neurons"] = torch.cat([batch.neurons for batch in batches])
         return Findings(
-            {"attribution": scalars.values}, notes=scalars.notes, arrays={"attributions": arrays}
-        )
+            {"attribution": scalars.values}, ci, [*scalars.notes, *notes],
+            arrays={"attributions": arrays},
+        )  # fmt: skip
+
+
+def sums_of(
+    example_id: Int64[Tensor, " n"], logit: Float[Tensor, " n"], latents: Latents
+) -> dict[str, npt.NDArray[np.float64]]:
+    """What `RATIOS` are of, summed over the rows of each example."""
+    clusters = ClusterSums(np.unique(example_id.numpy()), sorted({*sum(RATIOS.values(), ())}))
+    clusters.add(example_id, rows=torch.ones_like(logit), logit=logit)
+    of_entry, values = example_id[latents.rows], latents.values
+    clusters.add(of_entry, direct=values, entries=torch.ones_like(values), positive=values > 0)
+    return clusters.seen("rows")
 
 
 def has_next(inputs: Inputs, n_tokens: int) -> Bool[Tensor, "n t"]:

@@ -20,7 +20,7 @@ from sae_runner.report.firing import correlations
 from sae_runner.saes import SAES
 from sae_runner.site import TokenSelection
 
-CFG = {"type": "attribution", "n_rows": 1000, "neurons": True}
+CFG = {"type": "attribution", "n_rows": 1000, "neurons": True, "n_bootstrap": 0}
 D_SAE, LAST = 16, f"blocks.{N_BLOCKS - 1}.resid_post"
 
 
@@ -205,6 +205,40 @@ def test_the_metrics_are_sums_of_what_is_kept(measure_spliced, normed, inputs, s
     assert_allclose(metrics["logit"], np.mean([logits[e, t, tokens[e, t + 1]] for e, t in rows]))
 
 
+def test_intervals_are_over_examples(measure_spliced, normed, texts, sae):
+    found = measure_spliced(CFG | {"n_bootstrap": 400}, sae, texts.split(7), host=normed)
+    arrays, metrics = found.arrays["attributions"], found.metrics["attribution"]
+    assert measure_spliced(CFG, sae, [texts], host=normed).ci == {} and not found.notes
+    of_example = {}
+    for example, *_, value in entries(arrays):
+        sums = of_example.setdefault(example, np.zeros(3))
+        sums += value, value > 0, 1
+    said, positive, n = np.array(list(of_example.values())).T
+    for name, values in (("direct", said / 7), ("positive_frac", positive / n)):
+        ci = found.ci[f"attribution.{name}"]
+        assert ci["n"] == 60 and ci["lo"] < metrics[name] < ci["hi"]
+        # Examples have 7 rows each, and about as many entries.
+        assert ci["se"] == pytest.approx(values.std(ddof=1) / 60**0.5, rel=0.15)
+    with torch.no_grad():
+        logits = normed.forward(texts)
+    logits = logits - logits.mean(2, keepdim=True)
+    following = texts.tensors["tokens"][:, 2:].unsqueeze(2)
+    means = logits[:, 1:-1].gather(2, following)[..., 0].mean(1)
+    ci = found.ci["attribution.logit"]
+    assert ci["se"] == pytest.approx(float(means.std()) / 60**0.5, rel=0.15)
+    assert metrics["logit"] == pytest.approx(float(means.mean()))
+    assert ci["lo"] < metrics["logit"] < ci["hi"]
+
+
+def test_a_single_example_has_no_interval(measure_spliced, normed, texts, sae):
+    (one, *_) = texts.split(1)
+    found = measure_spliced(CFG | {"n_bootstrap": 100}, sae, [one], host=normed)
+    assert found.ci == {} and {n.code for n in found.notes} == {"too_few_examples"}
+    assert {n.metric for n in found.notes} == {
+        f"attribution.{name}" for name in ("direct", "logit", "positive_frac")
+    }
+
+
 @pytest.mark.parametrize("scaling", ["sqrt_d", "layer_norm", "whitening"])
 def test_latents_count_in_the_units_of_the_site(measure_spliced, host, inputs, scaling):
     coder = build("topk", D, D_SAE, input_scaling=scaling)
@@ -259,7 +293,7 @@ def test_as_many_whole_examples_are_kept_as_fit(
     assert [note.code for note in found.notes] == ["too_few_examples"]
     for name, column in kept.items():
         assert_allclose(column, whole[name][: len(column)], rtol=1e-6, err_msg=name)
-    assert kept["offsets"][-1] == len(kept["values"])
+    assert kept["offsets"][-1] == len(kept["values"]) and len(kept["neurons"]) == 35
     # Of `keep_bytes`: 14 rows.
     for name, n_bytes in (("ROW_BYTES", 2 * 10**9 // 15), ("NEURON_BYTES", 2 * 10**9 // 15 // D)):
         with monkeypatch.context() as patch:
