@@ -67,6 +67,9 @@ def test_neurons_are_those_of_the_same_rows() -> None:
     assert found["max_corr_mean_neurons_shuffled_12"] < 0.25
     latents = {k: v for k, v in found.items() if "neurons" not in k}
     assert attribution(one, two, neurons=False, seed=0) == (latents, "")
+    of_constants, why = attribution(one, two._replace(neurons=0 * y), neurons=True, seed=0)
+    assert why == "" and of_constants["max_corr_mean_neurons_12"] is None
+    assert of_constants["n_constant_neurons_2"] == 3 and latents.items() <= of_constants.items()
     without, why = attribution(one, two._replace(neurons=None), neurons=True, seed=0)
     assert without == latents | dict.fromkeys(found.keys() - latents) and why == ""
 
