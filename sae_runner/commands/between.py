@@ -143,10 +143,13 @@ def pair_record(a: Member, b: Member) -> Record:
 
 
 def begun_alike(a: Member, b: Member) -> list[str]:
-    """A note on two SAEs whose weights were drawn alike: their latents may be alike for that."""
+    """A note on two SAEs whose weights were drawn alike: their latents may be alike for that.
+
+    In another model's coordinates, the same start is another.
+    """
     starts = [
         (m.run.config.get("seed"), m.run.config.get("init_from"), m.facts["sae"]["d_sae"],
-         m.facts["d_in"], m.facts["d_out"])
+         m.facts["d_in"], m.facts["d_out"], m.facts["model"]["fingerprint"])
         for m in (a, b)
     ]  # fmt: skip
     weights = [m.facts["sha256"]["sae.safetensors"] for m in (a, b)]

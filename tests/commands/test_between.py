@@ -348,14 +348,17 @@ def test_saes_that_began_alike_are_said_to(compared: Compared, outputs: Path) ->
     [
         ("d_in", 64, True), ("d_in", 32, False), ("d_out", 32, False), ("d_sae", 128, False),
         ("seed", 1, False), ("init_from", "elsewhere", False), ("source", {}, False),
+        ("model", "another", False),
         ("weights", "a", False),
     ],
 )  # fmt: skip
 def test_saes_begin_alike_with_one_seed_and_shape(key: str, value: Any, alike: bool) -> None:
     def member(**changes: Any) -> Member:
-        own = {"seed": 0, "init_from": None, "d_in": 64, "d_out": 64, "d_sae": 256, **changes}
+        own = {"seed": 0, "init_from": None, "d_in": 64, "d_out": 64, "d_sae": 256, "model": "one",
+               **changes}  # fmt: skip
         facts = {k: own[k] for k in ("d_in", "d_out", "source") if k in own}
         facts |= {"sae": {"d_sae": own["d_sae"]}, "sha256": {"sae.safetensors": own["weights"]}}
+        facts["model"] = {"fingerprint": own["model"]}
         return Member(1, cast(Run, SimpleNamespace(config=own)), Path(), facts)
 
     found = begun_alike(member(weights="a"), member(**{"weights": "b", key: value}))
