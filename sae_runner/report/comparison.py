@@ -267,7 +267,10 @@ class Comparison:
 
     @property
     def axes(self) -> str:
-        """What the metrics of the table measure: `faithfulness: fvu, mse; interpretability: l0`."""
+        """What the metrics of the table measure: `faithfulness: reconstruction.fvu; …`.
+
+        In full: the table's heads are short, and this is all that explains them in a terminal.
+        """
         axis_of = {
             category: envelope["axis"]
             for run in self.runs
@@ -276,10 +279,10 @@ class Comparison:
         }
         groups: dict[str, list[str]] = {}
         for name in self.metrics:
-            category, _, metric = name.partition(".")
+            category = name.partition(".")[0]
             if category in axis_of:
-                groups.setdefault(axis_of[category], []).append(metric)
-        parts = [f"{axis}: {', '.join(dict.fromkeys(names))}" for axis, names in groups.items()]
+                groups.setdefault(axis_of[category], []).append(name)
+        parts = [f"{axis}: {', '.join(names)}" for axis, names in groups.items()]
         return "; ".join(sorted(parts))
 
     @property

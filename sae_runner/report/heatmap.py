@@ -8,7 +8,6 @@ import numpy as np
 
 from sae_runner.report.proxy import Correlation
 from sae_runner.report.style import DARK, GREY, house_style, new_figure, save
-from sae_runner.report.table import short_names
 
 MOST = 32
 """Metrics along one side; more could not be read."""
@@ -36,10 +35,9 @@ def heatmap_figure(found: Sequence[Correlation]) -> Any:
         for axis in ("x", "y")
         for kept in [{getattr(c, axis) for c in with_any}]
     )
-    names = short_names(list(dict.fromkeys([*xs, *ys])))
-    labels = max(len(names[y]) for y in ys) * 0.075
+    labels = max(map(len, ys)) * 0.075
     width, height = labels + 0.56 * len(xs) + 1.0, 0.36 * len(ys)
-    below = max(len(names[x]) for x in xs) * 0.06 + 0.4
+    below = max(map(len, xs)) * 0.06 + 0.4
     figure = new_figure(
         max(width, 6.0), 1.0 + len(groups) * (height + below + 0.3),
         "Which metric goes with which",
@@ -52,8 +50,8 @@ def heatmap_figure(found: Sequence[Correlation]) -> Any:
         n = sorted({c.n for c in cells.values()})
         runs = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
         panel.set_title(f"{group} ({runs})")
-        panel.set_xticks(range(len(xs)), [names[x] for x in xs], rotation=45, ha="right")
-        panel.set_yticks(range(len(ys)), [names[y] for y in ys])
+        panel.set_xticks(range(len(xs)), xs, rotation=45, ha="right")
+        panel.set_yticks(range(len(ys)), ys)
     return figure
 
 

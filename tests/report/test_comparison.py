@@ -279,4 +279,6 @@ def test_what_the_metrics_measure_is_said(make_run: MakeRun) -> None:
         for name, envelope in run.evaluators.items():
             envelope["axis"] = "faithfulness" if name == "reconstruction" else "interpretability"
     comparison = compare(runs, [X, "reconstruction.mse", Y, "other.thing"], X, Y)
-    assert comparison.axes == "faithfulness: mse, fvu; interpretability: l0"
+    assert comparison.axes == (
+        "faithfulness: reconstruction.mse, reconstruction.fvu; interpretability: sparsity.l0"
+    )

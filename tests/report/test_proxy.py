@@ -163,7 +163,7 @@ def test_cells_whose_interval_holds_zero_are_visibly_weaker(tmp_path: Path) -> N
     assert colour(firm._replace(rho=-0.8, lo=-0.9, hi=-0.5))[0] > 0.8  # Orange.
     paths = draw_heatmap([firm, weak, gone], tmp_path)
     text = next(p for p in paths if p.suffix == ".svg").read_text()
-    assert text.count("+0.80") == 2 and "dead_frac" not in text
+    assert text.count("+0.80") == 2 and L0 in text and "dead_frac" not in text
     assert draw_heatmap([gone], tmp_path / "none") == []
 
 
