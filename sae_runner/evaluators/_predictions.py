@@ -47,7 +47,7 @@ def predicts(model: Model, dataset: Dataset) -> Kind:
     if not isinstance(model, TextTower):
         raise ConfigError(
             "not applicable: this model gives no logits of trained weights; use downstream_recon, "
-            "which needs none"
+            "which needs only later blocks"
         )
     if not dataset.label_names:
         raise ConfigError(

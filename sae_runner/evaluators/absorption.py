@@ -103,8 +103,8 @@ class Absorption(Evaluator):
         model = setting.shapes()
         if not isinstance(model, TakesPrompts) or model.output != "token_logits":
             raise ConfigError(
-                "not applicable: it prompts a causal language model; use model=tiny_lm, "
-                "model=gpt2 or leave the evaluator out"
+                "not applicable: it prompts a causal language model; use one, such as "
+                "model=gemma_2_2b, or leave the evaluator out"
             )
         if setting.site.has_cls:
             raise ConfigError(

@@ -69,7 +69,9 @@ class NGram(Explainer):
                 "latent fires, and need an SAE of single tokens: site.tokens=all"
             )
         if not isinstance(setting.shapes(), ReadsTokens):
-            raise ConfigError("n-gram templates need a model of text; for images use backend clip")
+            raise ConfigError(
+                "n-gram templates need a model of text; for images use evaluators=[autointerp_clip]"
+            )
 
     def start(self, context: EvalContext, showing: Showing) -> None:
         """Learn the frame that the host puts around a text."""
