@@ -24,6 +24,9 @@ def is_current(
         check_envelope(envelope, str(path))
     except FileNotFoundError:
         return False
+    except json.JSONDecodeError as error:
+        log.warning("%s is measured again: %s is no JSON: %s", name, path, error)
+        return False
     except ValueError as error:
         log.warning("%s is measured again: %s", name, error)
         return False

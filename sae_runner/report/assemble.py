@@ -144,12 +144,22 @@ def artifacts_of(name: str, findings: "Findings") -> dict[str, Any]:
 
 
 def write_findings(eval_dir: Path, name: str, findings: "Findings") -> None:
-    """The per-latent columns, tables, tensors and texts of an evaluator."""
+    """The per-latent columns, tables, tensors and texts of an evaluator.
+
+    Columns, tables and tensors that it left earlier, with other options, and has no more are
+    removed: nothing would say what they are of.
+    """
+    columns, folder = eval_dir / f"{name}.parquet", eval_dir / name
     if findings.per_latent:
-        write_columns(eval_dir / f"{name}.parquet", findings.per_latent)
-    folder = eval_dir / name
-    for part, columns in findings.tables.items():
-        write_table(folder / f"{part}.parquet", columns)
+        write_columns(columns, findings.per_latent)
+    else:
+        columns.unlink(missing_ok=True)
+    for kind in ("tables", "arrays"):
+        for left in folder.glob(f"*{ENDINGS[kind]}"):
+            if left.stem not in getattr(findings, kind):
+                left.unlink()
+    for part, table in findings.tables.items():
+        write_table(folder / f"{part}.parquet", table)
     for part, tensors in findings.arrays.items():
         files.write_tensors(folder / f"{part}.safetensors", tensors)
     for part, text in findings.texts.items():

@@ -1,8 +1,30 @@
 """What a reader of a report must not miss."""
 
+from pathlib import Path
 from typing import Any
 
-from sae_runner.report.assemble import headline, warnings_of
+import numpy as np
+import torch
+
+from sae_runner.evaluators.base import Findings
+from sae_runner.report.assemble import headline, warnings_of, write_findings
+
+
+def test_what_an_evaluator_has_no_more_is_removed_and_what_it_keeps_is_not(tmp_path: Path):
+    def files() -> set[str]:
+        return {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+
+    found = Findings(
+        {}, per_latent={"freq": np.zeros(2)}, tables={"items": {"a": [1]}, "tasks": {"a": [1]}},
+        arrays={"topk": {"act": torch.zeros(1)}}, texts={"pack.html": "<p>"},
+    )  # fmt: skip
+    write_findings(tmp_path, "human", found)
+    write_findings(tmp_path, "other", found)
+    others = {name for name in files() if name.startswith("other")}
+    (tmp_path / "human" / "answers.jsonl").write_text("dear")
+    write_findings(tmp_path, "human", Findings({}, tables={"tasks": {"a": [2]}}))
+    kept = {"human/answers.jsonl", "human/tasks.parquet", "human/pack.html"}
+    assert len(others) == 5 and files() == others | kept
 
 
 def test_the_headline_has_what_was_asked_for_by_its_full_name():
