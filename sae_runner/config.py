@@ -72,7 +72,7 @@ PATH_KEYS = ("path", "weights")
 # site and tokens are but the defaults of `site`.
 RUNTIME_KEYS = frozenset({
     "model.site", "model.tokens", "model.batch_size", "dataset.workers", "dataset.max_bad",
-    "store.prefetch", "store.verify", "store.keep_gb",
+    "store.prefetch", "store.verify", "store.keep_gb", "trainer.cuda_graph",
     "trainer.log_every", "trainer.save_every", "trainer.checkpoints", "trainer.checkpoint_spacing",
     "trainer.checkpoint_interventions", "trainer.keep_state",
 })  # fmt: skip

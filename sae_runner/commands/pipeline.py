@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_runner.checkpoint import find_checkpoint, read_facts
 from sae_runner.commands import names, objectives
 from sae_runner.commands.options import EvalOptions
@@ -26,6 +28,7 @@ from sae_runner.log import working
 from sae_runner.report.expected import check_expected
 from sae_runner.saes import SAES
 from sae_runner.saes.base import SAE
+from sae_runner.training import recording
 from sae_runner.training.dead_latents import DEAD_LATENTS
 from sae_runner.training.dead_latents.base import DeadLatents
 from sae_runner.training.trainer import TrainOptions
@@ -137,6 +140,10 @@ class Pipeline(StorePipeline):
             sae = self.build_sae(self.site.d, device="meta")
             self.build_dead_latents(sae)
             objectives.check(self, sae)
+            recording.check(
+                self.train_options, sae, torch.device(resolve_device(self.root.device)),
+                runs_the_model=objectives.runs_the_model(self),
+            )  # fmt: skip
             for name, evaluator in self.evaluators.items():
                 try:
                     evaluator.check(self.setting)

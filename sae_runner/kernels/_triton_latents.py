@@ -72,6 +72,21 @@ def segment_sums(
 
 @triton.jit
 @no_type_check
+def sums(starts, entries, values, out, ENTRIES: tl.constexpr):
+    """A latent a program: the sum of its values."""
+    latent = tl.program_id(0)
+    first = tl.load(starts + latent).to(tl.int32)
+    last = tl.load(starts + latent + 1).to(tl.int32)
+    found = tl.zeros([ENTRIES], tl.float32)
+    for begin in range(first, last, ENTRIES):
+        place = begin + tl.arange(0, ENTRIES)
+        entry = tl.load(entries + place, mask=place < last, other=0)
+        found += tl.load(values + entry, mask=place < last, other=0)
+    tl.store(out + latent, tl.sum(found, 0))
+
+
+@triton.jit
+@no_type_check
 def _add_gradient(
     sums, latent, starts, rows, entries, coefs, dense, segments, column,
     D: tl.constexpr, SEGMENT: tl.constexpr, ENTRIES: tl.constexpr,

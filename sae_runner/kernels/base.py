@@ -118,11 +118,11 @@ class Ops(Protocol):
         exp_avg_sq: Float[Tensor, "d_sae d"],
         factors: list[Factor],
         *,
-        lr: float,
+        lr: float | Tensor,
         beta1: float,
         beta2: float,
         eps: float,
-        step: int,
+        step: int | Tensor,
         scale: float | Tensor,
         unit: bool,
         shadow: BFloat16[Tensor, "d_sae d"] | None,
@@ -130,6 +130,7 @@ class Ops(Protocol):
         """One step of Adam on W, whose gradient is `scale` times the sum of `factors`.
 
         `step` counts from 1. With `unit` the gradient loses its part along each row of W, and rows
-        are brought back to norm 1. `shadow` receives the new rows in bfloat16.
+        are brought back to norm 1. `shadow` receives the new rows in bfloat16. Triton's reads
+        numbers that are tensors on the device, without waiting for them.
         """
         ...

@@ -185,11 +185,11 @@ def adam_(
     exp_avg_sq: Float32[Tensor, "d_sae d"],
     factors: Sequence[Factor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
+    step: int | Tensor,
     scale: float | Tensor,
     unit: bool,
     shadow: BFloat16[Tensor, "d_sae d"] | None,
@@ -205,8 +205,8 @@ def adam_(
         if len(shadow) != d_sae:
             raise ValueError(f"shadow has {len(shadow)} rows for {d_sae} of W")
         written.append(shadow)
-    root = (1 - beta2**step) ** 0.5
-    size = lr * root / (1 - beta1**step)
+    root = (1 - beta2 ** int(step)) ** 0.5
+    size = float(lr) * root / (1 - beta1 ** int(step))
     numbers = _Step(float(scale), 1 - beta1, beta2, 1 - beta2, size, eps * root)
     stride = 0 if shadow is None else shadow.stride(0)
     _call("adam", W, exp_avg, exp_avg_sq, shadow, stride, array, len(factors), d_sae, d, numbers,

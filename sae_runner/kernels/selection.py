@@ -197,6 +197,10 @@ class Selector:
         """W is about to change in a way that its version does not show."""
         self._version = -1
 
+    def buffers(self) -> list[Tensor]:
+        """What is kept from call to call; other shapes take the place of some."""
+        return list(self._buffers.values())
+
     def _buffer(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:

@@ -144,7 +144,10 @@ def sums_by_latent(
     by_latent: ByLatent, values: Float32[Tensor, " nnz"]
 ) -> Float32[Tensor, " d_sae"]:
     """See `Ops.sums_by_latent`."""
-    return torch_ops.sums_by_latent(by_latent, values)
+    starts, _, entries = by_latent
+    out = values.new_empty(len(starts) - 1)
+    _launch(_latents().sums, (len(out),), starts, entries, values, out, ENTRIES=128, num_warps=4)
+    return out
 
 
 def weighted_sum(

@@ -88,6 +88,10 @@ class SAE(Weights):
     """Why a model's output cannot stand in for the error of its reconstruction, if it cannot."""
     pre_act_refused: ClassVar[str] = ""
     """Why raising a pre-activation to its threshold would make no latent fire, if it would not."""
+    recording_refused: str = (
+        "which latents a step looks at, and how many, hangs on the batch; take sae=topk, or false"
+    )
+    """Why a step of it cannot be recorded once for all batches of a size, if it cannot."""
     no_pre_acts: ClassVar[str] = ""
     """Why no pre-activation says how close a latent is to firing, if none does."""
     sparse: ClassVar[bool] = False

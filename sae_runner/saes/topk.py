@@ -53,6 +53,7 @@ class TopK(SAE):
             "k_anneal": k_anneal,
         }  # fmt: skip
         super().__init__(d_in, options=options, **common)
+        self.recording_refused = "k comes down from sae.k_start; set it to null" if k_start else ""
         if multi_topk:
             self.end_to_end_refused = "sae.multi_topk is a second error of the site; set it to 0"
         if selection == "groupmax":

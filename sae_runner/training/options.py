@@ -35,6 +35,7 @@ class TrainOptions:
     penalty_warmup: float
     clip_grad_norm: float | None
     precision: Literal["auto", "fp32", "screened", "bf16"]
+    cuda_graph: bool
     dead_window: int
     n_calibration: int
     log_every: int
@@ -62,6 +63,7 @@ class TrainOptions:
         penalty_warmup: Fraction,
         clip_grad_norm: PositiveFloat | None,
         precision: Literal["auto", "fp32", "screened", "bf16"],
+        cuda_graph: bool,
         dead_window: Positive,
         n_calibration: Positive,
         log_every: Positive,

@@ -62,7 +62,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
 def arithmetic(trainer: "Trainer") -> str:
     """What decides how sums are rounded, besides the numbers: the same bits need the same."""
     if trainer.device.type != "cpu":
-        return trainer.device.type
+        return trainer.device.type + (", recorded" if trainer.options.cuda_graph else "")
     n = torch.get_num_threads()
     return f"cpu, {n} thread{'s' if n > 1 else ''}"
 

@@ -8,6 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,13 @@ from sae_runner.training.objectives import OBJECTIVES
 from sae_runner.training.objectives.base import Objective, Source
 from sae_runner.training.options import TrainOptions as TrainOptions
 from sae_runner.training.parts import Taken
+from sae_runner.training.recording import Recorded
 from sae_runner.training.target_l0 import DESCENT, TargetL0
 from sae_runner.training.update import Update
 
 log = logging.getLogger("sae_runner")
+Stepped = tuple[Taken, Tensor | None]
+"""The loss of a step, and its gradient's norm if that was found."""
 
 
 class Trainer:
@@ -73,6 +77,9 @@ class Trainer:
         sae.selector.precision = options.precision_on(device)
         self.update = Update(sae, options, self.lr)
         self.optimizer = self.update.optimizer
+        self.recorded: Recorded[Stepped] | None = None
+        if options.cuda_graph:
+            self.recorded = Recorded(sae.selector.buffers, device)
         self.dead: DeadLatents = DEAD_LATENTS.build(
             dead_latents or {"type": "none"}, sae=sae, window=options.dead_window
         )
@@ -229,17 +236,14 @@ class Trainer:
         if self.target_l0 is not None:
             penalty *= self.target_l0.factor
         state = TrainState(penalty, self.step / options.n_steps, 1 / options.n_steps)
-        taken = Taken(sae, self.mean)
-        with self.update.gradients():
-            parts = x.split(-(-len(x) // options.n_parts))
-            for part, share in zip(parts, self.objective.shares(parts), strict=True):
-                taken.shed()
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=options.half):
-                    loss = self.objective.loss(part, state, share)
-                    loss = self.dead.add_to(loss, sae.input_of(loss.x))
-                (loss.total * share.rows).backward()  # type: ignore[no-untyped-call]
-                taken.add(loss)
-            grad_norm = self.update.step(lr, measured=self.is_logged(self.step + 1))
+        measured = self.is_logged(self.step + 1)
+        if self.recorded is None:
+            taken, grad_norm = self._take(x, state, lr, measured=measured)
+        else:
+            assert isinstance(x, Tensor)
+            lr_there, adds = self.recorded.lr.fill_(lr), self.dead.adds_now
+            take = partial(self._take, state=state, lr=lr_there, measured=measured, adds=adds)
+            taken, grad_norm = take(x) if measured or adds else self.recorded(take, x)
         if self.averaged is not None:
             self.averaged.update(sae)
         self.dead.update(taken.fired, taken.n_rows)
@@ -248,6 +252,27 @@ class Trainer:
             if self.target_l0.compares_at(self.step, options.n_steps):
                 self.target_l0.compare(self.target_l0.heldout_l0(self.for_inference()))
         return taken, grad_norm, lr
+
+    def _take(
+        self, x: Tensor | Inputs, state: TrainState, lr: float | Tensor, *, measured: bool,
+        adds: bool = True,
+    ) -> Stepped:  # fmt: skip
+        """Go back through the loss of a batch, and update the weights.
+
+        A record is made of it: with `adds` false the dead add nothing.
+        """
+        taken = Taken(self.sae, self.mean)
+        with self.update.gradients():
+            parts = x.split(-(-len(x) // self.options.n_parts))
+            for part, share in zip(parts, self.objective.shares(parts), strict=True):
+                taken.shed()
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.half):
+                    loss = self.objective.loss(part, state, share)
+                    if adds:
+                        loss = self.dead.add_to(loss, self.sae.input_of(loss.x))
+                (loss.total * share.rows).backward()  # type: ignore[no-untyped-call]
+                taken.add(loss)
+            return taken, self.update.step(lr, measured=measured)
 
     # -- What is kept ----------------------------------------------------------------------------
 

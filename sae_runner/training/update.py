@@ -7,6 +7,7 @@ row of each latent is summed, clipped and used by Adam at once. The numbers are 
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Update:
         self.by_rows = options.n_parts == 1 and fused(self.ops, sae.b_dec.device)
         self.tape: Tape | None = None
         # Of weights whose last step was by rows, its number: a device is not asked at every step.
-        self._steps = dict[Tensor, int]()
+        self._steps = dict[Tensor, Any]()
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
@@ -48,13 +49,15 @@ class Update:
             yield
 
     @torch.no_grad()
-    def step(self, lr: float, *, measured: bool) -> Tensor | None:
+    def step(self, lr: float | Tensor, *, measured: bool) -> Tensor | None:
         """Take the gradients that were found; their norm before clipping, if `measured` or clipped.
 
-        Clipping is that of `torch.nn.utils.clip_grad_norm_`.
+        Clipping is that of `torch.nn.utils.clip_grad_norm_`. With `lr` in float32 on a device, the
+        number of the step is read there too, so that the same work serves other steps.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            group["capturable"] = isinstance(lr, Tensor) and _is_recording(lr.device)
         factors = self._factors()
         self.sae.before_step()
         bound = self.options.clip_grad_norm
@@ -93,15 +96,19 @@ class Update:
             squares.append(self.ops.gradient_norm2(parts, W if self._is_unit(W) else None))
         return torch.stack(squares).sum().sqrt().float()
 
-    def _step_rows(self, W: Tensor, parts: list[Factor], lr: float, clip: float | Tensor) -> int:
+    def _step_rows(
+        self, W: Tensor, parts: list[Factor], lr: float | Tensor, clip: float | Tensor
+    ) -> int | Tensor:
         """Adam's step by rows, and which one it was of W."""
         state = self.optimizer.state[W]
         if not state:
             on_cpu = W.device.type == "cpu"
             state["step"] = torch.zeros((), device="cpu" if on_cpu else W.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(W), torch.zeros_like(W)
-        step = 1 + (self._steps[W] if W in self._steps else int(state["step"]))
         state["step"] += 1
+        step: int | Tensor = state["step"]
+        if not isinstance(lr, Tensor):
+            step = 1 + self._steps[W] if W in self._steps else int(step)
         selector, shadow = self.sae.selector, None
         if W is self.sae.W_enc_rows and selector.precision != "fp32":
             shadow = selector.shadow_of(W)
@@ -113,3 +120,8 @@ class Update:
         if shadow is not None:
             selector.shadow_written(W)
         return step
+
+
+def _is_recording(device: torch.device) -> bool:
+    """Whether a device's work is recorded just now, and not done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -153,7 +153,8 @@ class Ours:
     """A step of `Trainer`, on rows that are there."""
 
     def __init__(self, options: dict[str, Any], x: Float[Tensor, "n d_in"]) -> None:
-        kernels, precision = options["side"].split("-")
+        kernels, how = options["side"].split("-")
+        recorded = how == "recorded"
         self.kernels: Kernels = "torch" if kernels == "torch" else "auto"
         sae = {
             "d_sae": options["d_sae"], "k": options["k"], "input_scaling": "none",
@@ -161,8 +162,9 @@ class Ours:
             "decoder_norm": "unit" if options["unit"] else "free",
         }  # fmt: skip
         training = {
-            "batch_size": len(x), "n_tokens": 10**6 * len(x), "precision": precision, "lr": LR,
-            "lr_warmup": 0.0, "clip_grad_norm": 1.0 if options["clip"] else None,
+            "batch_size": len(x), "n_tokens": 10**6 * len(x), "lr": LR, "cuda_graph": recorded,
+            "precision": "screened" if recorded else how, "lr_warmup": 0.0,
+            "clip_grad_norm": 1.0 if options["clip"] else None,
         }  # fmt: skip
         auxk = {"type": "auxk", "coefficient": AUXK, "k_aux": options["d_in"] // 2}
         with using(self.kernels):
@@ -187,6 +189,7 @@ class Ours:
 SIDES: dict[str, Callable[[dict[str, Any], Tensor], Side]] = {
     "dense": Dense, "dense-bf16": Dense, "sparsify": Sparsify, "bound": Bound,
     **{f"{k}-{p}": Ours for k in ("torch", "native", "triton") for p in ("fp32", "screened")},
+    "triton-recorded": Ours,  # Screened too.
 }  # fmt: skip
 
 

@@ -30,7 +30,6 @@ def device(request):
     return request.param
 
 
-@pytest.mark.slow
 def test_in_the_interpreter():
     pytest.importorskip("triton")
     finished = subprocess.run(
@@ -251,6 +250,15 @@ def firing(request, device):
 def test_weight_gradient(firing):
     made, wanted = factor(*firing)
     close(triton_ops.weight_gradient(made, firing[1]), wanted)
+
+
+def test_sums_by_latent(firing):
+    fired, d_sae, d, device = firing
+    made, _ = factor(fired, d_sae, d, device)
+    row, latent = fired.nonzero(as_tuple=True)
+    dense = torch.zeros(fired.shape, dtype=torch.float64)
+    dense[row, latent] = made.coefs.double().cpu()
+    close(triton_ops.sums_by_latent(made.by_latent, made.coefs), dense.sum(0))
 
 
 def test_sums_of_segments_are_used(device):

@@ -43,6 +43,11 @@ class AuxK(DeadLatents):
         self.coefficient = coefficient
         self.k_aux = k_aux or min(default_k_aux(sae.d_in), sae.d_sae)
 
+    @property
+    def adds_now(self) -> bool:
+        """See `DeadLatents.adds_now`."""
+        return bool(self.dead.any())
+
     def add_to(self, loss: Loss, x: Float[Tensor, "n d_in"]) -> Loss:
         """See `DeadLatents.add_to`; 0 while nothing is dead."""
         return self.add_term(loss, "auxk", self.coefficient, self.term(loss, x))

@@ -26,12 +26,17 @@ class DeadLatents:
     def update(self, fired: Int64[Tensor, " d_sae"], n_rows: int) -> None:
         """Count a batch in which latent i was active in `fired[i]` of `n_rows` rows."""
         self.rows_since_fired += n_rows
-        self.rows_since_fired[fired > 0] = 0
+        self.rows_since_fired.masked_fill_(fired > 0, 0)
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
         """True for latents that are silent for at least `window` rows."""
         return self.rows_since_fired >= self.window
+
+    @property
+    def adds_now(self) -> bool:
+        """Whether `add_to` may add something to the next loss; a device may be waited for."""
+        return type(self).add_to is not DeadLatents.add_to
 
     def add_to(self, loss: Loss, x: Float[Tensor, "n d_in"]) -> Loss:
         """The loss of a batch with the strategy's own term, if it has one."""

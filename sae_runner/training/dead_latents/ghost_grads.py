@@ -23,6 +23,11 @@ class GhostGrads(DeadLatents):
         super().__init__(sae, window)
         self.coefficient = coefficient
 
+    @property
+    def adds_now(self) -> bool:
+        """See `DeadLatents.adds_now`."""
+        return bool(self.dead.any())
+
     def add_to(self, loss: Loss, x: Float[Tensor, "n d_in"]) -> Loss:
         """See `DeadLatents.add_to`; 0 while nothing is dead."""
         return self.add_term(loss, "ghost_grads", self.coefficient, self.term(loss, x))
