@@ -5,6 +5,7 @@ time in which they are started one by one. A recorded step does the same work in
 so what is done, and to how much, may hang on no number that the device has to be asked for.
 """
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -57,6 +58,7 @@ class CudaGraph(Generic[Found]):
     """
 
     def __init__(self, work: Callable[[], Found]) -> None:
+        gc.collect()  # What is left of an earlier step would tie the record to its stream.
         self.graph = torch.cuda.CUDAGraph()
         # Other threads read ahead meanwhile, and may allocate.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
