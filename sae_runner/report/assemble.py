@@ -27,7 +27,8 @@ HEADLINE = (
 FURTHER = (
     "downstream_recon.fvu_mean", "downstream_loss.kl", "downstream_loss.ce_recovered_zero",
     "zeroshot.acc_recovered_zero", "ablation_sparsity.latent", "probes.excess",
-    "autointerp.spearman_mean", "absorption.mean_absorption_fraction_score", "human.total_median",
+    "autointerp.spearman_mean", "autointerp.detection_balacc",
+    "absorption.mean_absorption_fraction_score", "human.total_median",
 )  # fmt: skip
 """What is measured when it is asked for: named in full, as `report` wants it."""
 
@@ -106,7 +107,9 @@ def write_report(
 def headline(report: Mapping[str, Any]) -> str:
     """The numbers a person looks at first, in one line."""
     metrics = flat_metrics(report["evaluators"])
-    names = {name: name.partition(".")[2] for name in HEADLINE} | {name: name for name in FURTHER}
+    names = {name: name.partition(".")[2] for name in HEADLINE}
+    for wanted in FURTHER:  # Of `autointerp_lm` beside `autointerp` too: see `flat_metrics`.
+        names |= {name: name for name in metrics if name.rpartition("/")[2] == wanted}
     parts = [
         f"{shown} {value:.4g}"
         for name, shown in names.items()

@@ -211,9 +211,11 @@ def test_no_more_latents_are_begun_than_the_budget_can_finish(tmp_path, caplog):
             first.incomplete
         )
         assert "up to 24 questions and " in caplog.text and "about $0." in caplog.text
-        assert "limits: 13 questions" in caplog.text and "0 answers are there" in caplog.text
+        assert "limits: 13 questions" in caplog.text and "; 0 of the latents were" in caplog.text
         second = asked(server.url, folder=tmp_path, backend=backend)  # The rest.
         assert second.metrics["autointerp"]["n_scored"] == 4 and second.incomplete == ""
+        # Not how many answers are kept: some are of other questions, or another model's.
+        assert "; 2 of the latents were asked about before" in caplog.text
 
 
 def test_the_budget_of_tokens_is_kept():

@@ -33,12 +33,17 @@ def test_the_headline_has_what_was_asked_for_by_its_full_name():
 
     evaluators = {
         "downstream_loss": envelope("downstream_loss", downstream_loss={"kl": 0.25, "tv": 0.5}),
+        "autointerp": envelope("autointerp", autointerp={"spearman_mean": 0.5}),
+        "autointerp_lm": envelope("autointerp", autointerp={"spearman_mean": 0.75}),
         "human": envelope("human", human={"total_median": None}),
         "reconstruction": envelope("reconstruction", reconstruction={"mse": 2.0, "fvu": 0.125}),
         "sparsity": envelope("sparsity", sparsity={"l0": 32.0}),
     }
     found = headline({"evaluators": evaluators})
-    assert found == "report: l0 32, fvu 0.125, downstream_loss.kl 0.25"
+    assert found == (
+        "report: l0 32, fvu 0.125, downstream_loss.kl 0.25, autointerp.spearman_mean 0.5, "
+        "autointerp_lm/autointerp.spearman_mean 0.75"
+    )
     assert headline({"evaluators": {}}) == "report: no evaluators"
 
 

@@ -244,9 +244,9 @@ class LanguageModel(Explainer):
         )  # fmt: skip
         log.info(
             "autointerp: up to %s questions and %s tokens%s to %s for %d latents; limits: %s "
-            "questions, %s tokens; %d answers are there already",
+            "questions, %s tokens; %d of the latents were asked about before",
             f"{n_calls:,}", f"{size:,}", price, self.local or f"{self.model} at {self.base_url}",
-            len(cases), f"{self.max_calls:,}", f"{self.max_tokens:,}", len(self.asking.known),
+            len(cases), f"{self.max_calls:,}", f"{self.max_tokens:,}", n_known,
         )  # fmt: skip
 
     # -- Judging --------------------------------------------------------------------------------
