@@ -348,6 +348,16 @@ def test_damaged_record_of_a_run_is_named_with_the_way_out(damage, finished_run,
     assert in_process("train", *QUICK, "force=true") == 0
 
 
+def test_a_run_of_before_an_option_of_training_is_evaluated(finished_run, in_process, capfd):
+    record = finished_run / "config.yaml"
+    words = ["eval", f"checkpoint={finished_run}", "evaluators=[geometry]"]
+    lines = record.read_text().splitlines(keepends=True)
+    left = [line for line in lines if line.split(":")[0] not in ("  cuda_graph", "  ema")]
+    assert len(left) == len(lines) - 2
+    record.write_text("".join(left))
+    assert in_process(*words) == 0, capfd.readouterr().err
+
+
 def test_damaged_checkpoint_is_named(finished_run, in_process, capfd):
     weights = next(finished_run.glob("checkpoints/*/sae.safetensors"))
     data = bytearray(weights.read_bytes())

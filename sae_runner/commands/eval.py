@@ -116,6 +116,8 @@ def _of_run(folder: Path, job: Job) -> Pipeline:
             "model=… with dataset=… names something else"
         )
     run = {**WITHOUT_TRAINING, **run_record(folder.parent.parent)}
+    # What has become an option of training since says nothing about what was trained.
+    run["trainer"] = {**WITHOUT_TRAINING["trainer"], **run["trainer"]}
     own = {key: job.cfg[key] for key in ("evaluators", "eval", "device", "force")}
     outputs = job.cfg.get("outputs") or run["outputs"]
     # A run's start may be gone by now; what it was is in its identity.
