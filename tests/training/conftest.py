@@ -96,14 +96,14 @@ def trainer(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
         kind: str = "relu", name: str = "run", *, store: Activations | None = None,
         sae: dict[str, Any] | None = None, seed: int = 0, data_seed: int = 0,
         sinks: tuple[Any, ...] = (), initialise: bool = True,
-        dead_latents: dict[str, Any] | None = None, **options: Any,
+        dead_latents: dict[str, Any] | None = None, device: str = "cpu", **options: Any,
     ) -> Trainer:  # fmt: skip
         run_dir = tmp_path / name
         run_dir.mkdir(exist_ok=True)
         store = store or Rows(planted(500))
         made = Trainer(
             sae_of(kind, store.d_in, **(sae or {})), store, options_of(**options), run_dir,
-            seed=seed, data_seed=data_seed, device=torch.device("cpu"), facts={}, sinks=sinks,
+            seed=seed, data_seed=data_seed, device=torch.device(device), facts={}, sinks=sinks,
             dead_latents=dead_latents,
         )  # fmt: skip
         if initialise:

@@ -42,11 +42,8 @@ def test_in_the_interpreter():
 class Tape(TorchDispatchMode):
     """A graph on a CPU: the first call is the recorded one itself, which was done already."""
 
-    made = 0
-
     def __init__(self, work):
         super().__init__()
-        Tape.made += 1
         self.calls, self.launching, self.launch = [], False, triton_ops._launch
         triton_ops._launch = self.launched
         try:
@@ -94,30 +91,27 @@ class Tape(TorchDispatchMode):
 
 
 @pytest.fixture
-def recordable(monkeypatch, trainer, request):
+def recordable(monkeypatch, trainer):
     """A trainer that records, on the device at hand."""
 
     def make(name, *, sae, **options):
-        # Six steps, each at another learning rate; the fourth and the last are logged.
-        options = {"n_tokens": 48, "batch_size": 8, "log_every": 4, "lr_warmup": 0.8} | options
-        sae = {"d_sae": 72, "k": 1, **sae}  # Wide enough to be screened.
-        return trainer("topk", name, sae=sae, cuda_graph=True, precision="screened", **options)
+        # Each of four steps at another learning rate; the last is logged, and so taken anew.
+        options = {"n_tokens": 32, "batch_size": 8, "log_every": 4, "lr_warmup": 0.8} | options
+        auxk = preset("sae/dead_latents", "auxk")  # Which waits for the device, to find no dead.
+        return trainer("topk", name, sae=sae, cuda_graph=True, dead_latents=auxk, **options)
 
     if INTERPRETED:
         monkeypatch.setattr(choice, "ops_on", lambda device: triton_ops)
         monkeypatch.setattr(recording, "CudaGraph", Tape)
-        monkeypatch.setattr(Tape, "made", 0)
     return make
 
 
 def trained(trainer, monkeypatch, *, records):
     """Its weights, moments and losses, recorded from the second step on or never."""
     monkeypatch.setattr(recording, "WARM_UP", 1 if records else 10**9)
-    losses = []
     for batch in trainer.batches():
         trainer.advance(batch)
-    for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines():
-        losses.append(line)
+    losses = (trainer.run_dir / "metrics.jsonl").read_text()
     state = [t for p in trainer.sae.parameters() for t in trainer.optimizer.state[p].values()]
     return [*trainer.sae.parameters(), *state, trainer.dead.rows_since_fired], losses
 
@@ -126,13 +120,16 @@ def trained(trainer, monkeypatch, *, records):
 @pytest.mark.parametrize(
     ("sae", "options"),
     [
-        ({}, {}),
-        ({"decoder_norm": "free", "input_scaling": "layer_norm"}, {"clip_grad_norm": None}),
+        ({"d_sae": 12, "k": 2}, {"precision": "fp32"}),
+        (
+            # Wide enough to be screened.
+            {"d_sae": 72, "k": 1, "decoder_norm": "free", "input_scaling": "layer_norm"},
+            {"precision": "screened", "clip_grad_norm": None},
+        ),
     ],
 )
 def test_step_recorded(recordable, monkeypatch, device, sae, options):
-    one = recordable("one", sae=sae, **options)
-    other = recordable("other", sae=sae, **options)
+    one, other = (recordable(name, sae=sae, device=device, **options) for name in ("one", "other"))
     wanted, of_one = trained(one, monkeypatch, records=False)
     found, of_other = trained(other, monkeypatch, records=True)
     assert other.recorded.graph is not None and one.recorded.graph is None
