@@ -33,6 +33,10 @@ class Absent:
 ABSENT = Absent()
 
 
+HOW_TRAINED = ("trainer.", "sae.dead_latents.", "sae.target_l0")
+"""Keys of which an SAE that was not trained where it was measured has no record."""
+
+
 class Differences(NamedTuple):
     """Config keys of several runs. Where a run lacks a key, the value is ABSENT."""
 
@@ -51,11 +55,15 @@ def config_differences(configs: Sequence[Mapping[str, Any]]) -> Differences:
     found = Differences({}, {}, {}, {})
     keys = dict.fromkeys(itertools.chain.from_iterable(configs))
     groups = list(dict.fromkeys(key.split(".")[0] for key in keys))
+    trained = [any(key.startswith("trainer.") for key in config) for config in configs]
     for key in sorted(keys, key=lambda key: groups.index(key.split(".")[0])):
         values = [config.get(key, ABSENT) for config in configs]
         known = values
         if key.startswith("evaluators."):  # One that a run lacks measured nothing differently.
             known = [value for value in values if value is not ABSENT]
+        elif key.startswith(HOW_TRAINED) and any(trained):
+            values = [v if t else ABSENT for v, t in zip(values, trained, strict=True)]
+            known = [value for value, t in zip(values, trained, strict=True) if t]
         if len({json.dumps(v, sort_keys=True, default=repr) for v in known}) == 1:
             found.same[key] = known[0]
         elif key in RUNTIME_KEYS or key.split(".")[0] in OUTSIDE:
@@ -260,7 +268,7 @@ class Comparison:
 
     def _options(self, group: str) -> tuple[str, list[str]]:
         """The column that tells a config group's options apart, and each run's value in it."""
-        chosen = [str(run.report["choices"].get(group)) for run in self.runs]
+        chosen = [str(run.report["choices"].get(group, "—")) for run in self.runs]
         if len(set(chosen)) > 1:
             return group, chosen
         return f"{group}.type", [str(run.config.get(f"{group}.type")) for run in self.runs]

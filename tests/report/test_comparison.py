@@ -119,6 +119,19 @@ def test_what_stays_outside_fingerprints_changes_no_number() -> None:
         assert found.runtime == {key: [1, 2]} and found.differing == {}
 
 
+def test_how_an_sae_was_trained_is_unknown_where_it_was_only_measured() -> None:
+    trained = {"trainer.lr": 1, "sae.dead_latents.type": "auxk", "sae.target_l0": 32, "sae.k": 32}
+    elsewhere = {"sae.dead_latents.type": "none", "sae.target_l0": None, "sae.k": 16}
+    found = config_differences([trained, elsewhere])
+    assert found.differing == {"sae.k": [32, 16]}
+    assert found.same == {key: trained[key] for key in trained if key != "sae.k"}
+    found = config_differences([trained, {**trained, "sae.dead_latents.type": "none"}, elsewhere])
+    assert found.differing.keys() == {"sae.dead_latents.type", "sae.k"}
+    assert found.differing["sae.dead_latents.type"] == ["auxk", "none", ABSENT]
+    found = config_differences([elsewhere, {**elsewhere, "sae.target_l0": 8}])
+    assert found.differing == {"sae.target_l0": [None, 8]}
+
+
 def test_an_absent_key_differs_from_null_and_a_list_is_a_value() -> None:
     found = config_differences([{"a": None, "b": [1, 2]}, {"b": [1, 2]}])
     assert list(found.differing) == ["a"]
