@@ -358,6 +358,24 @@ def test_a_run_of_before_an_option_of_training_is_evaluated(finished_run, in_pro
     assert in_process(*words) == 0, capfd.readouterr().err
 
 
+def test_what_was_left_out_for_memory_is_measured_once_there_is_more(finished_run, in_process):
+    def n_examples(*sizes: str) -> tuple[int, int]:
+        words = ["eval", f"checkpoint={finished_run}", "evaluators=[top_examples,density]"]
+        assert in_process(*words, *sizes) == 0
+        folder = next(finished_run.glob("eval/*"))
+        path = folder / "top_examples.json"
+        when = path.stat().st_mtime_ns + (folder / "density.json").stat().st_mtime_ns
+        return json.loads(path.read_text())["metrics"]["top_examples"]["n_examples"], when
+
+    few, all_of_them = "eval.keep_gb=0.00001", "eval.keep_gb=1"
+    first = n_examples(few)
+    assert n_examples(few) == first
+    second = n_examples(all_of_them)
+    assert second[0] > first[0]
+    # Where all fits, how much more would fit decides nothing.
+    assert n_examples("eval.keep_gb=2") == second
+
+
 def test_damaged_checkpoint_is_named(finished_run, in_process, capfd):
     weights = next(finished_run.glob("checkpoints/*/sae.safetensors"))
     data = bytearray(weights.read_bytes())

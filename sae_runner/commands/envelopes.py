@@ -33,15 +33,19 @@ def is_current(
     found = (envelope["evaluator_version"], envelope["config"], envelope["sae"]["sha256"])
     if envelope.get("incomplete"):
         return False
-    config = config_of(pipeline, name)
+    config = config_of(pipeline, name, bounded="keep_gb" in envelope["config"].get("eval", {}))
     same: bool = found == (evaluator.version, config, facts["sha256"]["sae.safetensors"])
     return same
 
 
-def config_of(pipeline: Pipeline, name: str) -> dict[str, Any]:
-    """All that decides an evaluator's findings besides rows and weights."""
+def config_of(pipeline: Pipeline, name: str, *, bounded: bool) -> dict[str, Any]:
+    """All that decides an evaluator's findings besides rows and weights.
+
+    What may be kept in memory does only where it was `bounded`: where examples were left out.
+    """
     evaluator, options = pipeline.evaluators[name], pipeline.eval_options._asdict()
-    sizes = {key: options[key] for key in (*evaluator.sizes, "seed")}
+    keys = (*evaluator.sizes, *(["keep_gb"] if bounded else []), "seed")
+    sizes = {key: options[key] for key in keys}
     found = {**plain(pipeline.cfg["evaluators"][name]), "eval": sizes}
     reads = evaluator.reads()
     return {**found, "reads": reads} if reads else found
@@ -82,7 +86,7 @@ def envelope_of(
             "n_tokens": cost["rows"] if evaluator.reads_rows() else 0,
             **({"n_examples": cost["full_forwards"]} if evaluator.splices else {}),
         },
-        "config": config_of(pipeline, name),
+        "config": config_of(pipeline, name, bounded=findings.left_out),
         "metrics": findings.metrics,
         "ci": findings.ci,
         "notes": [note._asdict() for note in findings.notes],

@@ -133,6 +133,7 @@ def measure(
         began = time.perf_counter()
         with going.attempt(name), working(f"eval: {name}"):
             found = evaluator.finish()
+            found.left_out |= evaluator.keeps_codes and codes().n_left_out > 0
         if name not in going.failures:  # What goes wrong in keeping it is not the evaluator's.
             on_found(name, found, cost.block(time.perf_counter() - began, spent[name]))
     return going.failures

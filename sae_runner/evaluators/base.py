@@ -160,6 +160,8 @@ class Findings:
     """Named tensors, each group a safetensors file."""
     texts: dict[str, str] = field(default_factory=dict)
     """Text files by name, such as `pack.html`."""
+    left_out: bool = False
+    """Whether `eval.keep_gb` left examples out, so that another value finds something else."""
     incomplete: str = ""
     """What went wrong in part, in a line: the findings stand, and the command says so at its end
     (exit code 1). A later run measures again."""
