@@ -212,9 +212,10 @@ def show(comparison: Comparison, sections: Sequence[Section] = ()) -> None:
         print(f"! {line}")
     for section in sections:
         print(f"\n{section.title}")
-        shown = list(zip(*section.rows[:MOST_ROWS], strict=True)) or [()] * len(section.heads)
-        heads = zip(section.heads, shown, strict=True)
-        print_table([Column(h, h, list(cells), "run") for h, cells in heads], f"{section.name}.csv")
+        if section.rows:
+            heads = zip(section.heads, zip(*section.rows[:MOST_ROWS], strict=True), strict=True)
+            columns = [Column(head, head, list(cells), "run") for head, cells in heads]
+            print_table(columns, f"{section.name}.csv")
         if (more := len(section.rows) - MOST_ROWS) > 0:
             print(f"{more} more rows: see the page, or {section.name}.csv")
         for line in section.notes:

@@ -101,7 +101,9 @@ def correlation(
         return Correlation(group, x, y, None, None, None, n, why)
 
     if n < options.min_runs:
-        return null(f"{n} runs have both; proxy.min_runs={options.min_runs}")
+        return null(
+            f"{n} {'run has' if n == 1 else 'runs have'} both; proxy.min_runs={options.min_runs}"
+        )
     if constant := [name for name, v in zip((x, y), known.T, strict=True) if len(set(v)) == 1]:
         return null(f"constant: {' and '.join(constant)}")
     rho = float(spearman(*known.T))

@@ -222,6 +222,17 @@ def test_rank_correlations_of_metrics_are_in_every_file_and_need_no_torch(
     )
 
 
+def test_no_table_is_printed_where_nothing_could_be_correlated(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(10):
+        make_run(f"run-{i}", metrics={"sparsity.l0": 8.0, "reconstruction.fvu": 0.5}, ci={})
+    main(job(tmp_path, compare=["proxy"], metrics=["sparsity.l0", "reconstruction.fvu"]))
+    out = capsys.readouterr().out
+    after = out[out.index("Which metric goes with which") :].splitlines()
+    assert after[1].startswith("! without a correlation") and "over" not in after[1]
+
+
 def test_metrics_of_runs_that_are_not_comparable_are_correlated_with_a_warning(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
