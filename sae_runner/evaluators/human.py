@@ -15,6 +15,7 @@ latent's total is higher, ties by half; `u_*` and `p_*` Mann–Whitney's. Interv
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from sae_runner.evaluators._showing import ImageView, Showing, TextWindow
 from sae_runner.evaluators.base import EvalContext, Evaluator, Findings, Rows, Setting
 from sae_runner.models._text import ReadsTokens
 
+log = logging.getLogger("sae_runner")
 N_LABELS, N_PROMPTED = 9, 4
 """Outputs that are named, and examples that they are measured on."""
 
@@ -120,18 +122,21 @@ class Human(Evaluator):
         """
         self.context = context
         self.responses = read_responses(given_files("responses", self.wanted))
-        items = context.folder / "items.jsonl" if context.folder else Path("items.jsonl")
+        folder = context.folder or Path()
+        items = folder / "items.jsonl"
+        if not self.responses and (folder / "items.parquet").is_file():
+            log.warning("human: scores that are there are dropped, as no responses are given")
         if self.responses and items.is_file():
             first = items.read_text("utf-8")[: 2 * len('{"pack": ""') + 64]
             if f'"{self.responses[0].pack}"' not in first:
-                self._refuse(items)
+                self._refuse(items, "; if another has taken its place, make it again first")
         self.controls = Controls(context, **self.controls_of)
 
-    def _refuse(self, where: object) -> None:
+    def _refuse(self, where: object, hint: str = "") -> None:
         given = self.responses[0].pack
         raise ConfigError(
             f"responses={self.wanted[0]}: they are of pack {given}, not of {where}; use the "
-            "options and the eval sizes that the pack was made with"
+            f"options and the eval sizes that the pack was made with{hint}"
         )
 
     def update(self, rows: Rows) -> None:

@@ -308,10 +308,20 @@ def test_absent_files_and_other_packs_are_refused(pack, tmp_path):
         measured(responses=other)
     # Where the pack is on disk, nothing is computed first.
     (tmp_path / "items.jsonl").write_text(measured(seed=5).texts["items.jsonl"])
-    with pytest.raises(InputError, match=r"not of .*items.jsonl"):
+    with pytest.raises(InputError, match=r"not of .*items.jsonl.*make it again first"):
         measured(responses=path, folder=tmp_path)
     (tmp_path / "items.jsonl").write_text(pack.texts["items.jsonl"])
     assert measured(responses=path, folder=tmp_path).metrics["human"]["n_responses"] == 1
+
+
+def test_scores_are_not_dropped_in_silence(pack, tmp_path, caplog):
+    path = written(tmp_path / "r.jsonl", [answer(data_of(pack), *turns_of(data_of(pack))[0], 9)])
+    measured(folder=tmp_path)
+    (tmp_path / "items.parquet").touch()
+    measured(responses=path, folder=tmp_path)
+    assert "dropped" not in caplog.text
+    measured(folder=tmp_path)
+    assert "scores that are there are dropped" in caplog.text
 
 
 def test_response_files_decide_what_is_measured(tmp_path):
