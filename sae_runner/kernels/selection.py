@@ -38,6 +38,11 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def beside(device: torch.device) -> int:
+    """How many columns the bfloat16 copy of W has after its own."""
+    return BESIDE if device.type == "cpu" else 0
+
+
 class Entries(NamedTuple):
     """Chosen entries in CSR form, and their scores."""
 
@@ -164,7 +169,7 @@ class Selector:
         shadow = self.shadow_of(W)
         if self._version != W._version:
             shadow.copy_(W)
-        if W.device.type != "cpu":
+        if not beside(W.device):
             return partial(
                 _product, shadow, self._buffer("b", b.shape, shadow.dtype, b.device).copy_(b)
             )
@@ -174,9 +179,9 @@ class Selector:
         rows[:, d] = 1
 
         def product(part: Tensor, out: Tensor) -> Tensor:
-            beside = rows[: len(part)]
-            beside[:, :d] = part
-            return torch.mm(beside, whole.T, out=out)
+            with_one = rows[: len(part)]
+            with_one[:, :d] = part
+            return torch.mm(with_one, whole.T, out=out)
 
         return product
 
@@ -185,8 +190,7 @@ class Selector:
 
         Its rows are apart from each other on a CPU.
         """
-        beside = BESIDE if W.device.type == "cpu" else 0
-        shape = (len(W), W.shape[1] + beside)
+        shape = (len(W), W.shape[1] + beside(W.device))
         return self._buffer("W", shape, torch.bfloat16, W.device)[:, : W.shape[1]]
 
     def shadow_written(self, W: Tensor) -> None:

@@ -315,7 +315,14 @@ def _warps(width: int, each: int) -> int:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *tensors: Any, **meta: Any) -> None:
-    """Start a kernel on the device of its first tensor; an empty grid is no work."""
+    """Start a kernel on the device of its first tensor; an empty grid is no work.
+
+    Raises:
+        ValueError: a tensor is not contiguous, as every kernel takes it to be.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+            raise ValueError(f"{tuple(tensor.shape)} with strides {tensor.stride()}: no contiguous")
     if 0 in grid:
         return
     with torch.cuda.device(tensors[0].get_device()):

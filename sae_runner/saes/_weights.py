@@ -134,7 +134,8 @@ class Weights(nn.Module):
         if self.input_scaling == "whitening":
             with torch.autocast(x.device.type, enabled=False):  # Half precision would blur x.
                 return (x - self.input_mean) @ self.whitening
-        return x if self.input_scaling == "none" else x * self.input_scale
+        # Kernels read whole rows, and a transcoder's inputs are but a part of stored ones.
+        return x.contiguous() if self.input_scaling == "none" else x * self.input_scale
 
     def unscaled(
         self, x_hat: Float[Tensor, "n d_out"], x: Float[Tensor, "n width"] | None = None

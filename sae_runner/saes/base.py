@@ -89,7 +89,7 @@ class SAE(Weights):
     pre_act_refused: ClassVar[str] = ""
     """Why raising a pre-activation to its threshold would make no latent fire, if it would not."""
     recording_refused: str = (
-        "which latents a step looks at, and how many, hangs on the batch; take sae=topk, or false"
+        "how many latents a step looks at hangs on the batch; set it to false, or sae=topk"
     )
     """Why a step of it cannot be recorded once for all batches of a size, if it cannot."""
     no_pre_acts: ClassVar[str] = ""

@@ -10,8 +10,8 @@ from torch import Tensor
 class Delivery:
     """Brings batches to a device; whoever reads ahead does it on a thread of its own.
 
-    To CUDA they go through pinned memory and on a stream of their own, so that the copy of one
-    batch, the reading of the next and the computation on the last do not wait for each other.
+    To CUDA they go through pinned memory and on a stream of their own, so that neither the reading
+    and copying of batches nor the computation on those before waits for the other.
     """
 
     def __init__(self, device: torch.device) -> None:

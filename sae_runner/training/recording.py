@@ -6,7 +6,6 @@ so what is done, and to how much, may hang on no number that the device has to b
 """
 
 import gc
-import logging
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +18,6 @@ from sae_runner.kernels.choice import fused, ops_on
 from sae_runner.saes.base import SAE
 from sae_runner.training.options import TrainOptions
 
-log = logging.getLogger("sae_runner")
 WARM_UP = 3
 """Steps that are taken one kernel at a time before: kernels are compiled, and memory kept."""
 Found = TypeVar("Found")
@@ -34,7 +32,7 @@ def check(options: TrainOptions, sae: SAE, device: torch.device, *, runs_the_mod
     if not options.cuda_graph:
         return
     if device.type != "cuda":
-        why = f"there are none on {device.type}; set it to false"
+        why = f"{device.type} has no CUDA graphs; set it to false"
     elif not fused(ops_on(device), device):
         why = "it takes Triton, and a device of compute capability 8 or more; set it to false"
     elif sae.recording_refused:
@@ -55,13 +53,16 @@ class CudaGraph(Generic[Found]):
 
     Args:
         work: returns tensors, which hold what the latest call found.
+        device: which need not be the current one.
     """
 
-    def __init__(self, work: Callable[[], Found]) -> None:
+    def __init__(self, work: Callable[[], Found], device: torch.device) -> None:
         gc.collect()  # What is left of an earlier step would tie the record to its stream.
         self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # Other threads read ahead meanwhile, and may allocate.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), recording:
             self.found = work()
 
     def __call__(self) -> Found:
@@ -82,31 +83,33 @@ class Recorded(Generic[Found]):
         self.held, self.kept = held, None
         self.lr: Float32[Tensor, ""] = torch.zeros((), device=device)
         """The learning rate, where records read it."""
-        self.n_taken, self.failed = 0, False
+        self.n_taken = 0
         self.x: Tensor | None = None
-        self.graph: CudaGraph[Found] | None = None
+        self.graph: Callable[[], Found] | None = None
 
     def __call__(self, take: Callable[[Tensor], Found], x: Tensor) -> Found:
-        """`take(x)`; a record is of the first `take`, whose work all others do."""
+        """`take(x)`; a record is of the first `take`, whose work all others do.
+
+        Raises:
+            ConfigError: the step cannot be recorded.
+        """
         if self.x is None or (x.shape, x.dtype) != (self.x.shape, self.x.dtype):
             self.x, self.graph, self.n_taken = x.clone(), None, 0
         self.n_taken += 1
-        if self.failed or self.n_taken <= WARM_UP:
+        if self.n_taken <= WARM_UP:
             return take(x)
         self.x.copy_(x)
-        if self.graph is None and not self._record(take, self.x):
-            return take(x)
-        assert self.graph is not None
+        if self.graph is None:
+            self.graph = self._record(take, self.x)
         return self.graph()
 
-    def _record(self, take: Callable[[Tensor], Found], x: Tensor) -> bool:
-        """Whether the step could be recorded; nothing is done by it."""
+    def _record(self, take: Callable[[Tensor], Found], x: Tensor) -> Callable[[], Found]:
         try:
-            self.graph = CudaGraph(lambda: take(x))
-        except RuntimeError as error:
-            self.failed = True
+            found = CudaGraph(lambda: take(x), x.device)
+        except RuntimeError as error:  # After which a device's streams are not to be relied on.
             reason = " ".join(str(error).split())[:200]
-            log.warning("trainer.cuda_graph: goes on without, the step was refused: %s", reason)
-            return False
+            raise ConfigError(
+                f"trainer.cuda_graph=true: the step cannot be recorded ({reason}); set it to false"
+            ) from None
         self.kept = self.held()
-        return True
+        return found

@@ -243,7 +243,9 @@ class Trainer:
             assert isinstance(x, Tensor)
             lr_there, adds = self.recorded.lr.fill_(lr), self.dead.adds_now
             take = partial(self._take, state=state, lr=lr_there, measured=measured, adds=adds)
-            taken, grad_norm = take(x) if measured or adds else self.recorded(take, x)
+            # Of weights that were changed by hand a record has no copy in bfloat16.
+            alone = measured or adds or self.step in self.intervention_steps
+            taken, grad_norm = take(x) if alone else self.recorded(take, x)
         if self.averaged is not None:
             self.averaged.update(sae)
         self.dead.update(taken.fired, taken.n_rows)

@@ -10,6 +10,8 @@ sparsify       as sparsify publishes it: an encoder whose gradient is one index_
 torch-fp32     ours, by PyTorch's operations
 torch-screened the same, chosen by a bfloat16 screen and scored in float32
 native-*       ours, by the C++ kernels (Triton on CUDA, there called triton-*)
+triton-recorded  screened, its kernels started together as a CUDA graph, after four steps that are
+               not timed; left out with --auxk, as there is no record of what dead latents add
 bound          what cannot be left out: the encoder's product (in bfloat16 where the processor has
                matrix units for it), a fused Adam over all weights, and four gathers of the chosen
                rows, each alone and at its best
@@ -102,6 +104,8 @@ def sides_here(device: str) -> list[str]:
     if triton_ops.available() if cuda else native_level():
         kernels.append("triton" if cuda else "native")
     ours = [f"{k}-{p}" for k in kernels for p in (["fp32", "screened"] if screened else ["fp32"])]
+    if "triton-screened" in ours:
+        ours.append("triton-recorded")
     return ["dense", *(["dense-bf16"] if cuda else []), "sparsify", *ours, "bound"]
 
 
@@ -116,6 +120,8 @@ def run_shape(one: tuple[int, ...], options: argparse.Namespace) -> Result:
         "device": options.device,
     }  # fmt: skip
     names = options.sides or sides_here(options.device)
+    if options.auxk:  # There is no record of a step in which the dead add something.
+        names = [name for name in names if name != "triton-recorded"]
     times: Timed = {name: [] for name in names}
     last: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:

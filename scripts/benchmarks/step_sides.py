@@ -16,6 +16,7 @@ from benchmarks.rows import Directions, HeldRows
 from benchmarks.trainers import trainer_on
 from sae_runner.kernels.choice import Kernels, using
 from sae_runner.meters import peak_rss_mib
+from sae_runner.training.recording import WARM_UP
 
 N_BATCHES = 3
 DEAD_SHARE = 10
@@ -176,6 +177,8 @@ class Ours:
             for weight in (self.trainer.sae.W_enc_rows, self.trainer.sae.W_dec):
                 weight.copy_(first_rows(options))
         self.n_dead = options["d_sae"] // DEAD_SHARE if options["auxk"] else 0
+        for _ in range(WARM_UP + 1 if recorded else 0):
+            self.trainer.take_step(x)
 
     def step(self, x: Tensor) -> Tensor:
         """See `Side`."""

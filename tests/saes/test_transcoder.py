@@ -99,6 +99,21 @@ def test_loss_and_gradient_are_the_formulas(small, skip, multi):
         np.testing.assert_allclose(gradient, numeric, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.parametrize("scaling", ["none", "sqrt_d"])
+def test_inputs_are_read_as_they_lie_in_pairs(small, scaling):
+    """In float32 kernels read whole rows of memory, of which an input is a part."""
+    sae = small(input_scaling=scaling).float()
+    one, other, x = copy.deepcopy(sae), copy.deepcopy(sae).double(), pairs(16)
+    for made, rows in ((one, x), (other, x.double())):
+        made.loss(rows, TrainState()).total.backward()
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
+    inputs = x[:, :D_IN]
+    assert not inputs.is_contiguous()
+    found, wanted = sae(inputs), sae(inputs.clone())
+    assert found.latents.indices.equal(wanted.latents.indices)
+
+
 def test_predicting_the_mean_has_normalised_error_one(small):
     sae, rows = small(), pairs(64).double()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_runner.config import preset
 from sae_runner.errors import ConfigError
-from sae_runner.kernels import choice, triton_ops
+from sae_runner.kernels import choice, selection, triton_ops
 from sae_runner.training import recording
 from sae_runner.training.recording import Recorded
 
@@ -25,13 +25,15 @@ on_gpu = [
     pytest.mark.skipif(not triton_ops.available(), reason="no CUDA device"),
 ]
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=on_gpu)]
+DEAD = "sae/dead_latents"
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "is_nonzero"}
 
 
-def test_in_the_interpreter():
+@pytest.mark.parametrize("case", ["fp32", pytest.param("screened", marks=pytest.mark.slow)])
+def test_in_the_interpreter(case):
     pytest.importorskip("triton")
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "step_recorded", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"recorded and {case}-", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
@@ -42,7 +44,7 @@ def test_in_the_interpreter():
 class Tape(TorchDispatchMode):
     """A graph on a CPU: the first call is the recorded one itself, which was done already."""
 
-    def __init__(self, work):
+    def __init__(self, work, device):
         super().__init__()
         self.calls, self.launching, self.launch = [], False, triton_ops._launch
         triton_ops._launch = self.launched
@@ -95,13 +97,13 @@ def recordable(monkeypatch, trainer):
     """A trainer that records, on the device at hand."""
 
     def make(name, *, sae, **options):
-        # Each of four steps at another learning rate; the last is logged, and so taken anew.
-        options = {"n_tokens": 32, "batch_size": 8, "log_every": 4, "lr_warmup": 0.8} | options
-        auxk = preset("sae/dead_latents", "auxk")  # Which waits for the device, to find no dead.
-        return trainer("topk", name, sae=sae, cuda_graph=True, dead_latents=auxk, **options)
+        # Each step at another learning rate; the last is logged, and so taken anew.
+        options = {"batch_size": 8, "log_every": 100, "lr_warmup": 0.8} | options
+        return trainer("topk", name, sae=sae, cuda_graph=True, **options)
 
     if INTERPRETED:
         monkeypatch.setattr(choice, "ops_on", lambda device: triton_ops)
+        monkeypatch.setattr(selection, "beside", lambda device: 0)
         monkeypatch.setattr(recording, "CudaGraph", Tape)
     return make
 
@@ -120,13 +122,24 @@ def trained(trainer, monkeypatch, *, records):
 @pytest.mark.parametrize(
     ("sae", "options"),
     [
-        ({"d_sae": 12, "k": 2}, {"precision": "fp32"}),
+        (
+            {"d_sae": 12, "k": 2},
+            # AuxK asks the device, to find no dead.
+            {"n_tokens": 32, "precision": "fp32", "dead_latents": preset(DEAD, "auxk")},
+        ),
         (
             # Wide enough to be screened.
             {"d_sae": 72, "k": 1, "decoder_norm": "free", "input_scaling": "layer_norm"},
-            {"precision": "screened", "clip_grad_norm": None},
+            {
+                "n_tokens": 48,
+                "precision": "screened",
+                "clip_grad_norm": None,
+                "dead_window": 8,
+                "dead_latents": preset(DEAD, "resample") | {"at": [0.5], "encoder_norm": 5.0},
+            },
         ),
     ],
+    ids=["fp32", "screened"],
 )
 def test_step_recorded(recordable, monkeypatch, device, sae, options):
     one, other = (recordable(name, sae=sae, device=device, **options) for name in ("one", "other"))
@@ -141,7 +154,7 @@ def test_step_recorded(recordable, monkeypatch, device, sae, options):
 class Again:
     """A graph that does its work anew."""
 
-    def __init__(self, work):
+    def __init__(self, work, device):
         self.work, self.found = work, None
 
     def __call__(self):
@@ -192,25 +205,26 @@ def test_rows_of_the_caller_are_left_alone(recorded):
     assert [float(x[0, 0]) for x in given] == [0, 1, 2, 3, 4, 5]
 
 
-def test_what_cannot_be_recorded_goes_on_without(recorded, monkeypatch, caplog):
-    def refuse(work):
+def test_what_cannot_be_recorded_ends_in_one_line(recorded, monkeypatch):
+    def refuse(work, device):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(recording, "CudaGraph", refuse)
-    found = [recorded(lambda x: x.sum().item(), torch.full((2,), float(i))) for i in range(6)]
-    assert found == [0, 2, 4, 6, 8, 10]
-    said = [record.message for record in caplog.records]
-    assert said == [
-        "trainer.cuda_graph: goes on without, the step was refused: operation not permitted when "
-        "stream is capturing"
-    ]
+    found = [recorded(lambda x: x.sum().item(), torch.full((2,), float(i))) for i in range(3)]
+    assert found == [0, 2, 4]
+    with pytest.raises(ConfigError) as caught:
+        recorded(lambda x: x.sum().item(), torch.zeros(2))
+    assert str(caught.value) == (
+        "trainer.cuda_graph=true: the step cannot be recorded (operation not permitted when stream "
+        "is capturing); set it to false"
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "sae_options", "changes", "runs_the_model", "said"),
     [
         ("topk", {"k_start": 8, "k_anneal": 0.5}, {}, False, "set it to null"),
-        ("batch_topk", {}, {}, False, "hangs on the batch; take sae=topk, or false"),
+        ("batch_topk", {}, {}, False, "hangs on the batch; set it to false"),
         ("relu", {}, {}, False, "hangs on the batch"),
         ("topk", {}, {"micro_batch_size": 16}, False, "trainer.micro_batch_size"),
         ("topk", {}, {"precision": "bf16"}, False, "use auto, screened or fp32"),
@@ -233,7 +247,7 @@ def test_what_is_refused(
 
 def test_needs_a_device_with_triton(sae, options, monkeypatch):
     wanted = options(cuda_graph=True)
-    with pytest.raises(ConfigError, match="there are none on cpu; set it to false"):
+    with pytest.raises(ConfigError, match="cpu has no CUDA graphs; set it to false"):
         recording.check(wanted, sae("topk"), torch.device("cpu"), runs_the_model=False)
     monkeypatch.setattr(triton_ops, "available", lambda: False)
     with pytest.raises(ConfigError, match="takes Triton"):
@@ -247,7 +261,7 @@ def test_steps_in_which_the_dead_add_something_are_not_recorded(trainer, monkeyp
     monkeypatch.setattr(recording, "WARM_UP", 0)
     made = trainer(
         "jump_relu" if strategy == "pre_act" else "topk", log_every=100, dead_window=10**9,
-        dead_latents=preset("sae/dead_latents", strategy), cuda_graph=True,
+        dead_latents=preset(DEAD, strategy), cuda_graph=True,
     )  # fmt: skip
     asked, recorded = [], made.recorded
     monkeypatch.setattr(made, "recorded", Noting(recorded, asked, made))
