@@ -201,7 +201,9 @@ class Attribution(Evaluator):
             full = "the first example takes more than n_rows or eval.keep_gb allow; raise them"
             for name in RATIOS:
                 scalars.null(name, "zero_denominator", full if self.is_full else NO_ROWS)
-            return Findings({"attribution": scalars.values}, notes=scalars.notes)
+            return Findings(
+                {"attribution": scalars.values}, notes=scalars.notes, left_out=self.is_full
+            )
         batches, self.batches = self.batches, []
         columns = zip(*(batch[:4] for batch in batches), strict=True)
         example_id, position, next_token, logit = map(torch.cat, columns)
@@ -224,7 +226,7 @@ class Attribution(Evaluator):
             arrays["neurons"] = torch.cat([batch.neurons for batch in batches])
         return Findings(
             {"attribution": scalars.values}, ci, [*scalars.notes, *notes],
-            arrays={"attributions": arrays},
+            arrays={"attributions": arrays}, left_out=self.is_full,
         )  # fmt: skip
 
 

@@ -291,6 +291,7 @@ def test_as_many_whole_examples_are_kept_as_fit(
     kept = found.arrays["attributions"]
     assert found.metrics["attribution"]["n_tokens"] == len(kept["position"]) == 35
     assert [note.code for note in found.notes] == ["too_few_examples"]
+    assert found.left_out and not measure_spliced(CFG, sae, batches, host=normed).left_out
     for name, column in kept.items():
         assert_allclose(column, whole[name][: len(column)], rtol=1e-6, err_msg=name)
     assert kept["offsets"][-1] == len(kept["values"]) and len(kept["neurons"]) == 35
