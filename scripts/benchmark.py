@@ -39,6 +39,7 @@ from benchmarks.results import machine, machine_line
 
 from sae_runner import files
 from sae_runner.allocator import keep_pages
+from sae_runner.meters import peak_rss_mib
 
 WHAT: dict[str, ModuleType] = {
     "step": step, "store": store, "cache": cache, "memory": memory, "eval": evaluating,
@@ -54,7 +55,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = WHAT[options.what].run(options, Path(folder))
     found = machine(getattr(options, "device", "cpu"))
+    found["peak_mib"] = peak_rss_mib()
     print(f"\n{machine_line(found)}")
+    print(f"peak memory of this process: {found['peak_mib']:,.0f} MiB")
     print("ratios: " + ", ".join(f"{ratio.name}={ratio.value:.3g}" for ratio in result.ratios))
     print(result.headline)
     if options.out:

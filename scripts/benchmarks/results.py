@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -106,8 +107,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "bf16_matrix_units": multiplies_bf16(torch.device(device)), "gpu": gpu,
         "compiler": compiler_version(), "native_kernels": native_level(),
-        "triton_kernels": triton_ops.available(), "platform": platform.platform(),
-        "python": platform.python_version(), "torch": torch.__version__,
+        "triton_kernels": triton_ops.available(), "triton": installed("triton"),
+        "platform": platform.platform(), "python": platform.python_version(),
+        "torch": torch.__version__,
         "cuda": torch.version.cuda if gpu else None, "sae_runner": __version__,
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }  # fmt: skip
@@ -119,8 +121,17 @@ def machine_line(found: Mapping[str, Any]) -> str:
     return (
         f"{found['gpu'] or found['cpu']}, {found['cores']} cores, {found['threads']} threads, "
         f"torch {found['torch']}, Python {found['python']}, sae_runner {found['sae_runner']}, "
-        f"compiler: {found['compiler'] or 'none'}, native kernels: {native}"
+        f"compiler: {found['compiler'] or 'none'}, native kernels: {native}, "
+        f"triton {found['triton'] or 'none'}"
     )
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; None where it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:
