@@ -89,14 +89,15 @@ class _Scores(torch.autograd.Function):
         values: Tensor, centred: Tensor, tape: Tape | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(W, centred)
-        ctx.selection, ctx.tape = selection, tape
+        # CUDA's backward pass has a thread of its own, which knows nothing of `using`.
+        ctx.selection, ctx.tape, ctx.ops = selection, tape, ops_for(W)
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         W, centred = ctx.saved_tensors
         selection: Selection = ctx.selection
-        ops, g = ops_for(W), g.contiguous()
+        ops, g = ctx.ops, g.contiguous()
         by_latent = selection.by_latent(ops)
         g_x = g_W = g_b = g_centre = None
         if ctx.needs_input_grad[0]:
@@ -152,7 +153,8 @@ class _Reconstruction(torch.autograd.Function):
         ctx: Any, values: Tensor, W: Tensor, base: Tensor, target: Tensor, wanted: Tensor,
         selection: Selection, tape: Tape | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        residual, products = ops_for(W).reconstruct(
+        ctx.ops = ops_for(W)
+        residual, products = ctx.ops.reconstruct(
             W, selection.offsets, selection.indices, values, wanted.contiguous()
         )
         ctx.set_materialize_grads(False)
@@ -167,7 +169,7 @@ class _Reconstruction(torch.autograd.Function):
     def backward(ctx: Any, g_x_hat: Tensor | None, g_square: Tensor | None, _: object) -> Any:
         values, W, residual, products = ctx.saved_tensors
         selection: Selection = ctx.selection
-        ops = ops_for(W)
+        ops: Ops = ctx.ops
         if g_square is None and g_x_hat is None:
             return None, None, None, None, None, None, None
         # The gradient of x̂ is `scale` times `rows`: by the squared error the residual, as it is.
@@ -212,13 +214,13 @@ def per_latent(vector: Float[Tensor, " d_sae"], selection: Selection) -> Float[T
 class _PerLatent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, selection: Selection) -> Tensor:
-        ctx.selection = selection
+        ctx.selection, ctx.ops = selection, ops_for(vector)
         return vector[selection.indices.long()]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         selection: Selection = ctx.selection
-        ops = ops_for(g)
+        ops: Ops = ctx.ops
         return ops.sums_by_latent(selection.by_latent(ops), g.contiguous()), None
 
 
@@ -232,13 +234,13 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, latents: Tensor, tape: Tape | None) -> Tensor:
         ctx.save_for_backward(W, latents)
-        ctx.tape = tape
+        ctx.tape, ctx.ops = tape, ops_for(W)
         return W[latents]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         W, latents = ctx.saved_tensors
-        ops, m = ops_for(W), len(latents)
+        ops, m = ctx.ops, len(latents)
         offsets = torch.arange(m + 1, device=W.device)
         by_latent = ops.by_latent(offsets, latents.int(), len(W))
         factor = Factor(by_latent, g.new_ones(m), g.contiguous())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_runner.kernels import torch_ops
+from sae_runner.kernels import autograd, torch_ops
 from sae_runner.kernels.autograd import (
     Selection,
     per_latent,
@@ -12,6 +12,7 @@ from sae_runner.kernels.autograd import (
     selected_scores,
     taped,
 )  # fmt: skip
+from sae_runner.kernels.choice import using
 
 N, D, S = 7, 5, 11
 
@@ -116,3 +117,18 @@ def test_a_tape_keeps_factors_of_leaves_and_lets_others_through(drawn):
     (factor,) = tape.factors[W]
     torch.testing.assert_close(torch_ops.weight_gradient(factor, S), expected)
     assert made_of.grad is not None
+
+
+def test_a_backward_pass_is_by_the_kernels_of_its_forward_pass(monkeypatch):
+    """Whatever is chosen by then, as on CUDA, where it has a thread of its own."""
+    W = torch.randn(6, 4, requires_grad=True)
+    selection = Selection(torch.tensor([0, 2, 3]), torch.tensor([1, 4, 0]), 6)
+    with using("torch"):
+        values, rows = torch.ones(3, requires_grad=True), torch.zeros(2, 4)
+        square = reconstruct(values, W, rows[0], rows, selection).square.sum()
+        scores = selected_scores(rows, W, W[:, 0], None, selection, values, rows).sum()
+        total = square + scores + per_latent(W[:, 1], selection).sum()
+        total = total + rows_of(W, torch.tensor([3])).sum()
+    monkeypatch.setattr(autograd, "ops_for", None)
+    total.backward()
+    assert W.grad.isfinite().all()
