@@ -53,10 +53,16 @@ def trained(sae, batches, options, by_rows, *, n_steps=6, dead=None):
         ("topk", {"decoder_norm": "free", "apply_b_dec_to_input": False}),
         ("batch_topk", {}),
         ("matryoshka", {}),
+        ("archetypal", {}),
         ("jump_relu", {"bandwidth": 0.1, "initial_threshold": 0.5, "initial_l0": 1}),
+        ("gated", {}),
     ],
 )
-def test_steps_are_those_of_torch(make, rows, options, kind, changes, clip, precision, kernels):
+def test_steps_are_those_of_torch(
+    make, rows, options, monkeypatch, kind, changes, clip, precision, kernels
+):
+    if kind == "gated":
+        monkeypatch.setattr(base, "FEW", 2.0)  # However many are above 0.
     sae = make(kind, D_IN, D_SAE, **changes)
     batches = [rows(64, D_IN, seed=seed) for seed in range(3)]
     wanted = options(clip_grad_norm=clip, micro_batch_size=None)
