@@ -1,6 +1,6 @@
-"""native.cpp as a shared library: compiled at first use, kept, and loaded.
+"""The C++ of native/ as a shared library: compiled at first use, kept, and loaded.
 
-One call of the compiler on one file without any header of PyTorch takes 3 s. Torch's own loader
+One call of the compiler without any header of PyTorch takes 3 s. Torch's own loader
 needs ninja and 15 s, checks both at each start, and waits for ever on the lock of a killed compile.
 There is no lock here: who compiles at the same time writes the same file, and gives it its name
 when it is whole.
@@ -23,15 +23,18 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = sorted(Path(__file__).with_name("native").iterdir())
+"""native.cpp and what it includes."""
 FLAGS = (
     "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
+AVX512 = (
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma",
+    "-mprefer-vector-width=512",
+)  # fmt: skip
 LEVELS = {
-    "avx512": (
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma",
-        "-mprefer-vector-width=512",
-    ),
+    "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8"),
+    "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }  # fmt: skip
@@ -41,8 +44,11 @@ LEVELS = {
 def supported_levels() -> list[str]:
     """Which of LEVELS this processor has, the best first; ATEN_CPU_CAPABILITY lowers it."""
     found = torch.backends.cpu.get_cpu_capability()
-    best = 0 if found.startswith("AVX512") else 1 if found.startswith("AVX") else 2
-    return list(LEVELS)[best:]
+    names = list(LEVELS)
+    if not found.startswith("AVX512"):
+        return names[names.index("avx2" if found.startswith("AVX") else "portable") :]
+    tiles = torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
+    return names if tiles else names[1:]
 
 
 def compiler() -> list[str]:
@@ -56,8 +62,9 @@ def library_path(level: str) -> Path:
     """Where the library for `level` lies: in torch's folder of extensions, named by its content."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions").expanduser()
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default), "sae_runner")
-    content = SOURCE.read_bytes() + " ".join(FLAGS + LEVELS[level]).encode()
-    digest = hashlib.sha256(content).hexdigest()[:12]
+    content = [path.read_bytes() for path in SOURCES]
+    content.append(" ".join(FLAGS + LEVELS[level]).encode())
+    digest = hashlib.sha256(b"".join(content)).hexdigest()[:12]
     return folder / f"native-{platform.machine()}-{level}-{digest}.so"
 
 
@@ -73,7 +80,8 @@ def compile_library(level: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f"{platform.node()}.{os.getpid()}.{threading.get_ident()}"
     part = path.with_name(f"{path.name}.{own}")
-    words = [*command, *FLAGS, *LEVELS[level], str(SOURCE), "-o", str(part)]
+    main = next(path for path in SOURCES if path.suffix == ".cpp")
+    words = [*command, *FLAGS, *LEVELS[level], str(main), "-o", str(part)]
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, errors="replace", timeout=300, check=False
@@ -110,10 +118,12 @@ def load_level(level: str) -> ctypes.CDLL:
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """The library for this processor, or None; why not is logged, once."""
-    try:
-        return load_level(supported_levels()[0])
-    except (OSError, RuntimeError, ValueError) as error:  # Also no home, or a CXX without an end.
-        reason = " ".join(str(error).split())
-        logger.info("the native kernels are not used, PyTorch's operations are: %s", reason)
-        return None
+    """The best library for this processor, or None; why not is logged, once."""
+    reasons = []
+    for level in supported_levels():
+        try:
+            return load_level(level)
+        except (OSError, RuntimeError, ValueError) as error:  # Also no home, or a CXX without end.
+            reasons.append(" ".join(str(error).split()))  # Older compilers know no AMX.
+    logger.info("the native kernels are not used, PyTorch's operations are: %s", reasons[0])
+    return None

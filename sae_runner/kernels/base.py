@@ -6,7 +6,8 @@ index of a latent, no latent twice in a row. W is [d_sae, d]: a latent is a row.
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import BFloat16, Float, Float64, Int, Int32, Int64
+import torch
+from jaxtyping import BFloat16, Float, Float32, Float64, Int, Int8, Int32, Int64
 from torch import Tensor
 
 
@@ -33,6 +34,28 @@ class Factor(NamedTuple):
     dense: Float[Tensor, "n d"]
 
 
+class Int8Rows(NamedTuple):
+    """Rows W_j in int8: each is close to its step times whole numbers, of at most 127."""
+
+    tiles: Int8[Tensor, "pairs_of_panels bytes"]
+    """The numbers as AMX reads them: see native/int8.h."""
+    steps: Float32[Tensor, " d_sae_padded"]
+    lengths: Float32[Tensor, " d_sae_padded"]
+    """‖W_j‖."""
+
+    @staticmethod
+    def shapes(d_sae: int, d: int) -> tuple[tuple[int, ...], ...]:
+        """Of the room that so many rows take."""
+        pairs = -(-d_sae // 32)
+        return (pairs, 32 * 64 * -(-d // 64)), (32 * pairs,), (32 * pairs,)
+
+    @classmethod
+    def empty(cls, d_sae: int, d: int) -> "Int8Rows":
+        """Room for so many rows; whatever pads them is zero."""
+        tiles, steps, lengths = cls.shapes(d_sae, d)
+        return cls(torch.zeros(tiles, dtype=torch.int8), torch.zeros(steps), torch.zeros(lengths))
+
+
 @runtime_checkable
 class Ops(Protocol):
     """What `torch_ops`, `native_ops` and `triton_ops` each offer, with the same results."""
@@ -41,15 +64,31 @@ class Ops(Protocol):
         """Places of the k largest scores of each row, in any order."""
         ...
 
-    def rescore(
+    def largest_within(
         self,
+        scores: BFloat16[Tensor, "n d_sae"],
+        error: Float[Tensor, " n"] | None,
         x: Float[Tensor, "n d"],
         W: Float[Tensor, "d_sae d"],
         b: Float[Tensor, " d_sae"],
-        candidates: Int[Tensor, "n m"],
         k: int,
-    ) -> tuple[Float[Tensor, "n k"], Int32[Tensor, "n k"]]:
-        """⟨x_t, W_j⟩ + b_j of the k best of each row's candidates, and which they are."""
+    ) -> tuple[Float[Tensor, "n k"], Int32[Tensor, "n k"], int]:
+        """The k largest ⟨x_t, W_j⟩ + b_j of each row, whose they are, and how many it looked at.
+
+        They are exact. Candidates are all latents that may be among them by their score, which is
+        off by up to `error`, and rounded to bfloat16 besides. Only C++ asks for it: PyTorch sees
+        how far scores are off, and Triton takes half as many more than wanted, as no device is to
+        be waited for.
+        """
+        ...
+
+    def above(
+        self,
+        scores: Float[Tensor, "n d_sae"],
+        least: Float[Tensor, " d_sae"],
+        error: Float[Tensor, " n"],
+    ) -> tuple[Int64[Tensor, " n_plus_1"], Int32[Tensor, " nnz"]]:
+        """All entries with scores_tj > least_j − error_t, as a selection, latents in order."""
         ...
 
     def products(
@@ -125,12 +164,12 @@ class Ops(Protocol):
         step: int | Tensor,
         scale: float | Tensor,
         unit: bool,
-        shadow: BFloat16[Tensor, "d_sae d"] | None,
+        shadow: BFloat16[Tensor, "d_sae d"] | Int8Rows | None,
     ) -> None:
         """One step of Adam on W, whose gradient is `scale` times the sum of `factors`.
 
         `step` counts from 1. With `unit` the gradient loses its part along each row of W, and rows
-        are brought back to norm 1. `shadow` receives the new rows in bfloat16. Triton's reads
-        numbers that are tensors on the device, without waiting for them.
+        are brought back to norm 1. `shadow` receives the new rows in bfloat16; of C++ in int8 too.
+        Triton's reads numbers that are tensors on the device, without waiting for them.
         """
         ...

@@ -45,4 +45,4 @@ def fused(ops: Ops, device: torch.device) -> bool:
 
     PyTorch's operations take few latents at a time, whose numbers a device would be waited for.
     """
-    return device.type == "cpu" or ops is not torch_ops
+    return device.type == "cpu" or ops is not cast(Ops, torch_ops)

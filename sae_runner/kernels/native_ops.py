@@ -13,26 +13,68 @@ from jaxtyping import BFloat16, Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from sae_runner.kernels._native_library import load_library
-from sae_runner.kernels.base import ByLatent, Factor
+from sae_runner.kernels.base import ByLatent, Factor, Int8Rows
 
 
 class _Factor(ctypes.Structure):
-    """A `Factor` as native.cpp reads it."""
+    """A `Factor` as C++ reads it."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("starts", "rows", "entries", "coefs", "dense")]
 
 
 class _Step(ctypes.Structure):
-    """What one step of Adam has in common for all weights, as native.cpp reads it."""
+    """What one step of Adam has in common for all weights, as C++ reads it."""
 
     _fields_ = [
         (name, ctypes.c_float) for name in ("scale", "new1", "keep2", "new2", "size", "eps")
     ]
 
 
+class _Int8Rows(ctypes.Structure):
+    """`Int8Rows` as C++ reads them."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in Int8Rows._fields]
+
+
 def available() -> bool:
     """Whether the kernels can be used here: the first call compiles them, and says if not, why."""
     return load_library() is not None
+
+
+def multiplies_int8() -> bool:
+    """Whether `int8_scores` can be called: the processor, the compiler and the system know AMX."""
+    native = load_library()
+    return native is not None and bool(native.multiplies_int8())
+
+
+def write_int8(W: Float32[Tensor, "d_sae d"], to: Int8Rows) -> None:
+    """Write all rows of W in int8."""
+    d_sae, d = W.shape
+    _check("W", W, torch.float32, (d_sae, d))
+    _call("int8_rows", W, d_sae, d, _int8_rows(to, d_sae, d))
+
+
+def int8_scores(
+    x: Float32[Tensor, "n d"],
+    rows: Int8Rows,
+    b: Float32[Tensor, " d_sae"],
+    out: BFloat16[Tensor, "n d_sae"],
+) -> Float32[Tensor, " n"]:
+    """Write about ⟨x_t, W_j⟩ + b_j to `out`; returns four standard deviations of their error.
+
+    That is what both factors are rounded by: with steps a of x and w_j of W_j a product is off by
+    a variance of (a² ‖W_j‖² + w_j² ‖x‖²) / 12. Scores are rounded to bfloat16 besides.
+    """
+    if not multiplies_int8():  # Which also asks the system for tiles.
+        raise RuntimeError("this processor, compiler or system has no matrices of int8")
+    (n, d), d_sae = x.shape, len(b)
+    _check("x", x, torch.float32, (n, d))
+    _check("b", b, torch.float32, (d_sae,))
+    _check("out", out, torch.bfloat16, (n, d_sae))
+    error = torch.empty(n)
+    longest, step = (ctypes.c_float(float(most.max())) for most in (rows.lengths, rows.steps))
+    _call("int8_scores", x, _int8_rows(rows, d_sae, d), longest, step, b, n, d_sae, d, out, error)
+    return error
 
 
 def topk(scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
@@ -50,24 +92,49 @@ def topk(scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
     return places
 
 
-def rescore(
+def largest_within(
+    scores: BFloat16[Tensor, "n d_sae"],
+    error: Float32[Tensor, " n"] | None,
     x: Float32[Tensor, "n d"],
     W: Float32[Tensor, "d_sae d"],
     b: Float32[Tensor, " d_sae"],
-    candidates: Int32[Tensor, "n m"],
     k: int,
-) -> tuple[Float32[Tensor, "n k"], Int32[Tensor, "n k"]]:
-    """See `Ops.rescore`: in the order of the candidates, and chosen as by `topk`."""
-    (n, d), m = x.shape, candidates.shape[1]
+) -> tuple[Float32[Tensor, "n k"], Int32[Tensor, "n k"], int]:
+    """See `Ops.largest_within`: in the order of latents, and chosen as by `topk`.
+
+    A row's candidates are those with no less than its k-th largest score less two errors.
+    """
+    if error is None:
+        raise ValueError("error must be known")
+    (n, d), d_sae = x.shape, len(b)
+    _check("scores", scores, torch.bfloat16, (n, d_sae))
+    _check("error", error, torch.float32, (n,))
     _check("x", x, torch.float32, (n, d))
-    _check("W", W, torch.float32, (len(b), d))
-    _check("b", b, torch.float32, (len(b),))
-    _check("candidates", candidates, torch.int32, (n, m))
-    if not 1 <= k <= m:
-        raise ValueError(f"k must lie in 1..{m}, the number of candidates, not be {k}")
+    _check("W", W, torch.float32, (d_sae, d))
+    _check("b", b, torch.float32, (d_sae,))
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k must lie in 1..{d_sae}, not be {k}")
     values, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int32)
-    _call("rescore", x, W, b, candidates, n, d, m, k, values, indices)
-    return values, indices
+    candidates = torch.empty(n, dtype=torch.int32)
+    _call("largest_within", scores, error, x, W, b, n, d_sae, d, k, values, indices, candidates)
+    return values, indices, int(candidates.sum())
+
+
+def above(
+    scores: Float[Tensor, "n d_sae"], least: Float32[Tensor, " d_sae"], error: Float32[Tensor, " n"]
+) -> tuple[Int64[Tensor, " n_plus_1"], Int32[Tensor, " nnz"]]:
+    """See `Ops.above`; scores are float32 or bfloat16."""
+    n, d_sae = scores.shape
+    half = scores.dtype == torch.bfloat16
+    _check("scores", scores, torch.bfloat16 if half else torch.float32, (n, d_sae))
+    _check("least", least, torch.float32, (d_sae,))
+    _check("error", error, torch.float32, (n,))
+    offsets, dtype = torch.zeros(n + 1, dtype=torch.int64), "bf16" if half else "fp32"
+    _call(f"count_above_{dtype}", scores, least, error, n, d_sae, offsets[1:])
+    torch.cumsum(offsets[1:], 0, out=offsets[1:])
+    indices = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    _call(f"list_above_{dtype}", scores, least, error, offsets, n, d_sae, indices)
+    return offsets, indices
 
 
 def products(
@@ -192,14 +259,20 @@ def adam_(
     step: int | Tensor,
     scale: float | Tensor,
     unit: bool,
-    shadow: BFloat16[Tensor, "d_sae d"] | None,
+    shadow: BFloat16[Tensor, "d_sae d"] | Int8Rows | None,
 ) -> None:
-    """See `Ops.adam_`: a row is summed and used up at once, and no gradient is ever written."""
+    """See `Ops.adam_`: a row is summed and used up at once, and no gradient is ever written.
+
+    The new rows can also be received in int8.
+    """
     d_sae, d = W.shape
     array = _factors(factors, d_sae, d)
     written = [W, exp_avg, exp_avg_sq]
     for name, tensor in zip(("W", "exp_avg", "exp_avg_sq"), written, strict=True):
         _check(name, tensor, torch.float32, (d_sae, d))
+    in_int8 = _Int8Rows()
+    if isinstance(shadow, Int8Rows):
+        in_int8, shadow = _int8_rows(shadow, d_sae, d), None
     if shadow is not None:
         _check("a row of shadow", shadow[0], torch.bfloat16, (d,))
         if len(shadow) != d_sae:
@@ -209,15 +282,16 @@ def adam_(
     size = float(lr) * root / (1 - beta1 ** int(step))
     numbers = _Step(float(scale), 1 - beta1, beta2, 1 - beta2, size, eps * root)
     stride = 0 if shadow is None else shadow.stride(0)
-    _call("adam", W, exp_avg, exp_avg_sq, shadow, stride, array, len(factors), d_sae, d, numbers,
-          int(unit))  # fmt: skip
+    _call("adam", W, exp_avg, exp_avg_sq, shadow, stride, in_int8, array, len(factors), d_sae, d,
+          numbers, int(unit))  # fmt: skip
     torch.autograd.graph.increment_version(written)
 
 
 def _call(
-    name: str, *arguments: Tensor | int | ctypes.Structure | ctypes.Array[_Factor] | None
+    name: str,
+    *arguments: Tensor | int | ctypes.Structure | ctypes.Array[_Factor] | ctypes.c_float | None,
 ) -> None:
-    """Call a function of native.cpp, with the number of torch's threads as last argument."""
+    """Call a function of native/native.cpp, with the number of torch's threads as last argument."""
     native = load_library()
     if native is None:
         raise RuntimeError("the native kernels are not available")
@@ -247,6 +321,14 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
             f"{name} must be {dtype} {list(shape)}, contiguous, on the CPU, not "
             f"{found[0]} {list(found[1])}, {layout}, on {found[3]}"
         )
+
+
+def _int8_rows(rows: Int8Rows, d_sae: int, d: int) -> _Int8Rows:
+    """The same for C++, if there is room for as many rows as that."""
+    dtypes = (torch.int8, torch.float32, torch.float32)
+    for tensor, dtype, shape in zip(rows, dtypes, Int8Rows.shapes(d_sae, d), strict=True):
+        _check("rows in int8", tensor, dtype, shape)
+    return _Int8Rows(*(tensor.data_ptr() for tensor in rows))
 
 
 def _check_selection(offsets: Tensor, indices: Tensor, n: int) -> None:

@@ -4,10 +4,13 @@ The product of all rows and all latents is most of a step and never exists whole
 costs a quarter to a seventh of float32 where a processor multiplies bfloat16 matrices, but its
 rounding changes 1% of a selection and a tenth of the gradient. As a *screen* it only proposes
 candidates, more than are wanted; their scores are then computed exactly, and the best are kept.
+Where the processor multiplies int8 the screen is in int8, in a third of the time of bfloat16; how
+many candidates a row needs then follows from how much its numbers were rounded.
 """
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +18,16 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
+from sae_runner.kernels import native_ops
+from sae_runner.kernels.base import Int8Rows
 from sae_runner.kernels.choice import ops_for
+from sae_runner.kernels.torch_ops import n_candidates
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "screened", "bf16"]
 SCREEN_ERROR = 4 * 2.0**-9
-"""What a threshold is lowered by, in units of the rounding of a sum: see `screen_error`."""
+"""What a threshold is lowered by, in units of the rounding of a sum: see `ScreenError`."""
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 2**29}
 """What a chunk of scores may take. On a CPU it should stay in the last cache until it is searched.
 After each its threads wait for each other: long, where another process has one of the cores."""
@@ -27,6 +35,8 @@ BESIDE = 32
 """On a CPU, columns of W's bfloat16 copy after its own, a whole tile: the bias, which meets a one
 in each row, and zeros. A vector would be copied over each chunk of scores before the product is
 added to it, which takes a quarter as long as the product."""
+PER_CANDIDATE = 200
+"""An exact score takes as long as a product in int8 spares, beside bfloat16, of so many latents."""
 LEAST_ROWS = 256
 """Rows of a chunk, if there are so many: a product of fewer reads W too often."""
 
@@ -62,7 +72,10 @@ class Selector:
     def __init__(self, precision: Precision = "fp32") -> None:
         self.precision = precision
         self._buffers = dict[str, Tensor]()
-        self._version = -1  # Of the W that the buffer of that name is a copy of.
+        self._int8 = Int8Rows.empty(0, 0)
+        self._in_int8 = False  # Which of the two copies of W was asked for last,
+        self._version = -1  # and of which W it is one.
+        self._coarse = False  # Int8 had too many candidates.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Selector":
         return Selector()  # A copy is for use, which is exact; buffers are nobody's state.
@@ -73,21 +86,23 @@ class Selector:
         k: int,
     ) -> tuple[Float[Tensor, "n k"], Int32[Tensor, "n k"]]:  # fmt: skip
         """The k largest scores of each row, in any order, and whose they are."""
-        ops = ops_for(W)
-        wanted = k + max(16, k // 2) if self.precision == "screened" else k
-        half = self._half(W, wanted)
+        ops, half = ops_for(W), self._half(W, n_candidates(k))
+        screened = half and self.precision == "screened"
         values = x.new_empty(len(x), k)
         indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
-        done = 0
-        for part, scores in self._chunks(x, W, b, half):
+        done = looked_at = 0
+        bounded = screened and ops is native_ops  # The others do without.
+        for part, scores, error in self._chunks(x, W, b, half, bounded):
             rows = slice(done, done + len(part))
             done += len(part)
-            if half and self.precision == "screened":
-                found = ops.rescore(part, W, b, ops.topk(scores, wanted), k)
-                values[rows], indices[rows] = found
+            if screened:
+                found = ops.largest_within(scores, error, part, W, b, k)
+                values[rows], indices[rows], n = found
+                looked_at += n
             else:
                 indices[rows] = ops.topk(scores, k)
                 values[rows] = scores.gather(1, indices[rows].long()).to(values.dtype)
+        self._weigh(looked_at, len(x) * n_candidates(k), len(x) * len(W) / PER_CANDIDATE)
         return values, indices
 
     @torch.no_grad()
@@ -96,30 +111,32 @@ class Selector:
         floor: Float[Tensor, " d_sae"],
     ) -> Entries:  # fmt: skip
         """All entries whose score exceeds their latent's floor."""
-        half = self._half(W, 0)
+        ops, half = ops_for(W), self._half(W, 0)
         screened = half and self.precision == "screened"
-        error = SCREEN_ERROR * screen_error(W) if screened else None
-        parts = []
-        for part, scores in self._chunks(x, W, b, half):
-            if error is None:
-                rows, indices = (scores > floor).nonzero(as_tuple=True)
-                values = scores[rows, indices].to(W.dtype)
-            else:
-                length = screen_error(part).unsqueeze(1)
-                least = floor - 2**-8 * (floor.abs() + b.abs())  # Which are rounded too.
-                rows, indices = (scores > least - length * error).nonzero(as_tuple=True)
-                counts = torch.bincount(rows, minlength=len(part))
-                offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-                values = ops_for(W).products(part, W, offsets, indices.int()) + b[indices]
+        # Scores and floors of a screen are rounded too.
+        least = floor - 2**-8 * (floor.abs() + b.abs()) if screened else floor.to(W.dtype)
+        parts, looked_at = [], 0
+        for part, scores, error in self._chunks(x, W, b, half, screened):
+            off = part.new_zeros(len(part)) if error is None else error
+            offsets, indices = ops.above(scores, least.contiguous(), off)
+            rows = torch.repeat_interleave(offsets.diff(), output_size=len(indices))
+            if screened:
+                looked_at += len(indices)
+                values = ops.products(part, W, offsets, indices) + b[indices]
                 keep = values > floor[indices]
                 rows, indices, values = rows[keep], indices[keep], values[keep]
-            parts.append((torch.bincount(rows, minlength=len(part)), indices.int(), values))
+            else:
+                values = scores[rows, indices.long()].to(W.dtype)
+            parts.append((torch.bincount(rows, minlength=len(part)), indices, values))
         counts = torch.cat([counts for counts, _, _ in parts])
-        return Entries(
+        found = Entries(
             torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
             torch.cat([indices for _, indices, _ in parts]),
             torch.cat([values for _, _, values in parts]),
         )
+        usual = len(found.values) + 16 * len(x)
+        self._weigh(looked_at, usual, len(x) * len(W) / PER_CANDIDATE)
+        return found
 
     @torch.no_grad()
     def largest(
@@ -151,22 +168,57 @@ class Selector:
         # Where most are candidates there is nothing to screen.
         return not exact and (self.precision == "bf16" or 4 * wanted < len(W))
 
-    def _chunks(self, x: Tensor, W: Tensor, b: Tensor, half: bool) -> Any:
-        """Rows, few at a time, with their scores, which the next chunk overwrites."""
+    def _weigh(self, looked_at: int, usual: int, spared: float) -> None:
+        """Leave int8 for bfloat16 if more candidates are looked at than its product spares.
+
+        There are as many where a column of x is far larger than the others: the numbers of a row
+        are in steps of its size.
+        """
+        if self._in_int8 and looked_at > usual + spared:
+            logger.info("candidates are looked for in bfloat16: int8 is too coarse for these rows")
+            self._coarse = True
+
+    def _chunks(
+        self, x: Tensor, W: Tensor, b: Tensor, half: bool, bounded: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Rows, few at a time, with their scores, which the next chunk overwrites.
+
+        And, if they are `bounded`, what the scores of each are off by at most.
+        """
         dtype = torch.bfloat16 if half else W.dtype
         limit = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"])
         n_rows = max(1, min(len(x), max(LEAST_ROWS, limit // (len(W) * dtype.itemsize))))
         buffer = self._buffer("scores", (n_rows, len(W)), dtype, x.device)
-        product = self._half_product(W, b, n_rows) if half else partial(_product, W, b)
+        product: Callable[[Tensor, Tensor], Tensor | None] = partial(_product, W, b)
+        if half:
+            in_int8 = self._multiplies_int8(W)
+            if self._in_int8 != in_int8:
+                self._in_int8, self._version = in_int8, -1
+            product = self._int8_product(W, b) if in_int8 else self._half_product(W, b, n_rows)
+        off = ScreenError(W) if bounded and not self._in_int8 else None
         with torch.autocast(x.device.type, enabled=False):
             for part in torch.split(x, n_rows):
-                yield part, product(part, buffer[: len(part)])
+                scores = buffer[: len(part)]
+                error = product(part, scores)
+                yield part, scores, off.of(part) if off is not None else error
 
-    def _half_product(
-        self, W: Tensor, b: Tensor, n_rows: int
-    ) -> Callable[[Tensor, Tensor], Tensor]:
+    def _multiplies_int8(self, W: Tensor) -> bool:
+        """Whether there is a product in int8, and it is of use."""
+        wanted = self.precision == "screened" and not self._coarse
+        return wanted and ops_for(W) is native_ops and native_ops.multiplies_int8()
+
+    def _int8_product(self, W: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """About the scores of rows, written to the second argument; and their error."""
+        copy = self.shadow_of(W)
+        assert isinstance(copy, Int8Rows)
+        if self._version != W._version:
+            native_ops.write_int8(W, copy)
+        return lambda part, out: native_ops.int8_scores(part, copy, b, out)
+
+    def _half_product(self, W: Tensor, b: Tensor, n_rows: int) -> Callable[[Tensor, Tensor], None]:
         """Scores in bfloat16 of up to `n_rows` rows, written to the second argument."""
         shadow = self.shadow_of(W)
+        assert isinstance(shadow, Tensor)
         if self._version != W._version:
             shadow.copy_(W)
         if not beside(W.device):
@@ -178,18 +230,23 @@ class Selector:
         rows = self._buffer("rows", (n_rows, d + BESIDE), shadow.dtype, W.device)
         rows[:, d] = 1
 
-        def product(part: Tensor, out: Tensor) -> Tensor:
+        def product(part: Tensor, out: Tensor) -> None:
             with_one = rows[: len(part)]
             with_one[:, :d] = part
-            return torch.mm(with_one, whole.T, out=out)
+            torch.mm(with_one, whole.T, out=out)
 
         return product
 
-    def shadow_of(self, W: Tensor) -> Tensor:
-        """Where W in bfloat16 is kept; whoever writes it with W says so by `shadow_written`.
+    def shadow_of(self, W: Tensor) -> Tensor | Int8Rows:
+        """Where W in bfloat16 or int8 is kept; who writes it with W says so by `shadow_written`.
 
-        Its rows are apart from each other on a CPU.
+        Rows in bfloat16 are apart from each other on a CPU.
         """
+        if self._in_int8:
+            room = Int8Rows.shapes(*W.shape)
+            if tuple(tensor.shape for tensor in self._int8) != room:
+                self._int8 = Int8Rows.empty(*W.shape)
+            return self._int8
         shape = (len(W), W.shape[1] + beside(W.device))
         return self._buffer("W", shape, torch.bfloat16, W.device)[:, : W.shape[1]]
 
@@ -215,16 +272,30 @@ class Selector:
         return kept
 
 
-def _product(W: Tensor, b: Tensor, part: Tensor, out: Tensor) -> Tensor:
+def _product(W: Tensor, b: Tensor, part: Tensor, out: Tensor) -> None:
     """Scores of rows: x Wᵀ + b."""
-    return torch.addmm(b, part.to(W.dtype), W.T, out=out)
+    torch.addmm(b, part.to(W.dtype), W.T, out=out)
 
 
-def screen_error(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """‖x‖₄ of each row: times ‖W_j‖₄ and `SCREEN_ERROR` it bounds the rounding of ⟨x, W_j⟩.
+class ScreenError:
+    """How far a product in bfloat16 is off at most, of all latents: 4 · 2^-9 √(Σ_i x_i² W_ji²).
 
-    Factors are off by a relative 2^-9 at most, at random, so the sum is off by less than
-    2^-9 √(Σ_i x_i² W_ji²), which is at most 2^-9 ‖x‖₄ ‖W_j‖₄ (Cauchy-Schwarz), a few times.
+    Factors are off by a relative 2^-9 at most, at random, so a sum is by less than the root, a few
+    times. It is at most ‖x‖₄ ‖W_j‖₄ (Cauchy-Schwarz), and at most ‖x · max_j |W_j|‖: less than the
+    former where a column of x is far larger than the others, and W small there.
     """
-    squares = x.square()
-    return torch.einsum("nd,nd->n", squares, squares).sqrt().sqrt()
+
+    def __init__(self, W: Float[Tensor, "d_sae d"]) -> None:
+        self.length, self.columns = norm4(W).max(), W.abs().amax(0)
+
+    def of(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Of each row."""
+        by_columns = torch.linalg.vector_norm(x * self.columns, dim=1)
+        return SCREEN_ERROR * torch.minimum(norm4(x) * self.length, by_columns)
+
+
+def norm4(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """‖x‖₄ of each row."""
+    some = len(x) if x.device.type != "cpu" else max(1, 2**18 // x.shape[1])  # Stay in a cache.
+    parts = [torch.linalg.vector_norm(part.square(), dim=1).sqrt() for part in torch.split(x, some)]
+    return torch.cat(parts)

@@ -53,6 +53,26 @@ def topk(scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
     return out
 
 
+def largest_within(
+    scores: BFloat16[Tensor, "n d_sae"],
+    error: Float32[Tensor, " n"] | None,
+    x: Float32[Tensor, "n d"],
+    W: Float32[Tensor, "d_sae d"],
+    b: Float32[Tensor, " d_sae"],
+    k: int,
+) -> tuple[Float32[Tensor, "n k"], Int32[Tensor, "n k"], int]:
+    """See `Ops.largest_within`."""
+    m = min(torch_ops.n_candidates(k), len(b))
+    return *rescore(x, W, b, topk(scores, m), k), len(x) * m
+
+
+def above(
+    scores: Float[Tensor, "n d_sae"], least: Float32[Tensor, " d_sae"], error: Float32[Tensor, " n"]
+) -> tuple[Int64[Tensor, " n_plus_1"], Int32[Tensor, " nnz"]]:
+    """See `Ops.above`: how many there are is waited for."""
+    return torch_ops.above(scores, least, error)
+
+
 def rescore(
     x: Float32[Tensor, "n d"],
     W: Float32[Tensor, "d_sae d"],
@@ -60,7 +80,7 @@ def rescore(
     candidates: Int[Tensor, "n m"],
     k: int,
 ) -> tuple[Float32[Tensor, "n k"], Int32[Tensor, "n k"]]:
-    """See `Ops.rescore`."""
+    """⟨x_t, W_j⟩ + b_j of the k best of each row's candidates, and which they are."""
     (n, d), m = x.shape, candidates.shape[1]
     if m > MOST_CANDIDATES:
         offsets = torch.arange(0, n * m + 1, m, device=x.device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae_runner.kernels import _native_library, native_ops
-from sae_runner.kernels.base import Factor
+from sae_runner.kernels.base import Factor, Int8Rows
 
 SHAPES = [
     # n, d, d_sae, entries per row (mean)
@@ -136,25 +136,151 @@ def test_topk_of_equal_rows_beyond_16_bits(ops):
     assert ops.topk(scores, 40_000)[1].tolist() == [*range(39_999), 66_000]
 
 
-def test_rescore(ops):
-    generator = torch.Generator().manual_seed(1)
-    x, W = (torch.randn(n, 37, generator=generator) for n in (19, 60))
-    b = torch.randn(60, generator=generator)
-    candidates = torch.stack([torch.randperm(60, generator=generator)[:11] for _ in range(19)])
-    values, indices = ops.rescore(x, W, b, candidates.int(), 6)
-    scores = x.double().numpy() @ W.double().numpy().T + b.double().numpy()
-    places = candidates.numpy()
-    for t in range(19):
-        wanted = places[t][np.argsort(-scores[t, places[t]])[:6]]
-        assert set(indices[t].tolist()) == set(wanted.tolist())
-    close(values, np.take_along_axis(scores, indices.long().numpy(), 1))
-    values, indices = ops.rescore(x, W, b, candidates.int(), 11)
-    np.testing.assert_array_equal(indices.numpy(), places)
-    x[3] = float("nan")
-    W[places[4, 0]] = float("nan")
-    values, indices = ops.rescore(x, W, b, candidates.int(), 10)
+def scores_off_by(error, n=19, d=37, d_sae=900, seed=1):
+    """Rows and weights, and scores in bfloat16 that are off by up to `error` of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    x, W = (torch.randn(rows, d, generator=generator) for rows in (n, d_sae))
+    b = torch.randn(d_sae, generator=generator)
+    off = 2 * torch.rand(n, d_sae, generator=generator) - 1
+    return (x @ W.T + b + off * error.unsqueeze(1)).bfloat16(), x, W, b
+
+
+@pytest.mark.parametrize("d_sae", [900, 2500])  # Below and above what is searched by groups.
+@pytest.mark.parametrize("k", [1, 6, 200])
+def test_largest_within(ops, d_sae, k):
+    error = torch.linspace(0, 3, 19)
+    scores, x, W, b = scores_off_by(error, d_sae=d_sae)
+    values, indices, looked_at = ops.largest_within(scores, error, x, W, b, k)
+    exact = x.double().numpy() @ W.double().numpy().T + b.double().numpy()
+    expected = best(exact, k)
+    np.testing.assert_array_equal(indices.numpy(), expected)  # In the order of latents.
+    close(values, np.take_along_axis(exact, expected.astype(np.int64), 1))
+    # All that may be among them, and no others.
+    kth = scores.float().topk(k).values.amin(1)
+    cut = (kth - 2 * error - kth.abs() / 128).bfloat16()
+    assert looked_at == (scores >= cut.unsqueeze(1)).sum()
+    assert not np.array_equal(best(scores.double().numpy(), k), expected)
+
+
+def test_largest_within_of_odd_rows(ops):
+    nan, inf = float("nan"), float("inf")
+    error = torch.full((19,), 0.5)
+    scores, x, W, b = scores_off_by(error)
+    x[3], W[7], error[4], scores[5, ::2], scores[6] = nan, nan, inf, nan, nan
+    scores[:, 7] = nan
+    values, indices, _ = ops.largest_within(scores, error, x, W, b, 10)
     assert len(set(indices[3].tolist())) == 10 and values[3].isnan().all()
-    assert places[4, 0] not in indices[4]
+    exact = x.double().numpy() @ W.double().numpy().T + b.double().numpy()
+    wanted = best(np.where(np.isnan(exact), -np.inf, exact), 10)
+    for t in (0, 4, 6):  # Of 6 no score is known: all are candidates.
+        np.testing.assert_array_equal(indices[t].numpy(), wanted[t])
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.900, not be 901"):
+        ops.largest_within(scores, error, x, W, b, 901)
+    with pytest.raises(ValueError, match="error must be known"):
+        ops.largest_within(scores, None, x, W, b, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "d_sae"), [(1, 1), (5, 63), (40, 1000)])
+def test_above(ops, n, d_sae, dtype):
+    generator = torch.Generator().manual_seed(d_sae)
+    scores = torch.randn(n, d_sae, generator=generator).to(dtype)
+    scores[0, 0] = float("nan")
+    least = torch.randn(d_sae, generator=generator)
+    least[-1] = scores[-1, -1].float()  # Not above it.
+    error = torch.rand(n, generator=generator)
+    error[-1] = 0
+    offsets, indices = ops.above(scores, least, error)
+    rows, columns = np.nonzero(scores.float().numpy() > least.numpy() - error.numpy()[:, None])
+    np.testing.assert_array_equal(offsets.numpy(), np.cumsum([0, *np.bincount(rows, minlength=n)]))
+    np.testing.assert_array_equal(indices.numpy(), columns)
+
+
+# -- Rows in int8 ----------------------------------------------------------------------------------
+
+
+def whole_numbers(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in whole steps, and the step of each: a 127th of the largest entry."""
+    most = np.abs(rows).max(1, keepdims=True)
+    scale = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    return np.rint(rows * scale).astype(np.int64), (most / np.float32(127))[:, 0]
+
+
+def unpacked(tiles: torch.Tensor, d: int) -> np.ndarray:
+    """Numbers of tiles, [d_sae, d]: a panel has 16 latents, a line four columns of each."""
+    panels = tiles.view(-1, -(-d // 64), 16, 16, 4)
+    return panels.permute(0, 3, 1, 2, 4).reshape(len(panels) * 16, -1).long().numpy()
+
+
+INT8_SHAPES = [(1, 1, 1), (3, 64, 32), (33, 65, 31), (40, 100, 257), (300, 129, 600)]
+
+
+@pytest.mark.parametrize(("n", "d", "d_sae"), INT8_SHAPES)
+def test_rows_in_int8(ops, n, d, d_sae):
+    W = Case(n, d, d_sae, 1).W
+    W[0] = 0
+    found = Int8Rows.empty(d_sae, d)
+    ops.write_int8(W, found)
+    numbers, steps = whole_numbers(W.numpy())
+    read = unpacked(found.tiles, d)
+    np.testing.assert_array_equal(read[:d_sae, :d], numbers)
+    assert not read[d_sae:].any() and not read[:, d:].any()
+    np.testing.assert_allclose(found.steps[:d_sae].numpy(), steps, rtol=1e-6)
+    close(found.lengths[:d_sae], np.linalg.norm(W.double().numpy(), axis=1), rtol=1e-6)
+
+
+@pytest.fixture
+def int8(ops):
+    """The operations, where they multiply int8."""
+    if not ops.multiplies_int8():
+        out = torch.zeros(1, 1, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="no matrices of int8"):
+            ops.int8_scores(torch.zeros(1, 1), Int8Rows.empty(1, 1), torch.zeros(1), out)
+        pytest.skip("no matrices of int8")
+    return ops
+
+
+@pytest.mark.parametrize(("n", "d", "d_sae"), INT8_SHAPES)
+def test_scores_in_int8(int8, n, d, d_sae):
+    case = Case(n, d, d_sae, 1)
+    x, W, b = case.x, case.W, case.b
+    x[0] = 0
+    rows, beyond = Int8Rows.empty(d_sae, d), torch.full((n + 1, d_sae), 9.0, dtype=torch.bfloat16)
+    int8.write_int8(W, rows)
+    error = int8.int8_scores(x, rows, b, beyond[:n])
+    assert (beyond[n] == 9).all()
+    (in_x, a), (in_W, w) = whole_numbers(x.numpy()), whole_numbers(W.numpy())
+    expected = (in_x @ in_W.T) * a[:, None].astype(float) * w.astype(float) + b.double().numpy()
+    found = beyond[:n].double().numpy()
+    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
+    longest = np.linalg.norm(W.double().numpy(), axis=1).max()
+    squares = (x.double().numpy() ** 2).sum(1)
+    variance = ((a.astype(float) * longest) ** 2 + squares * float(w.max()) ** 2) / 12
+    close(error, 4 * np.sqrt(variance))
+
+
+def test_the_error_of_scores_in_int8_is_no_exaggeration(int8):
+    case = Case(200, 300, 1000, 1)
+    rows, scores = Int8Rows.empty(1000, 300), torch.empty(200, 1000, dtype=torch.bfloat16)
+    int8.write_int8(case.W, rows)
+    error = int8.int8_scores(case.x, rows, case.b, scores).double().numpy()[:, None]
+    exact = case.x.double().numpy() @ case.W.double().numpy().T + case.b.double().numpy()
+    off = np.abs(scores.double().numpy() - exact)
+    assert (off <= error + np.abs(exact) / 256).all() and (off > error / 2).mean() > 0.001
+
+
+def test_scores_in_int8_of_odd_rows(int8):
+    nan, inf = float("nan"), float("inf")
+    case = Case(16, 70, 40, 1)
+    case.x[1, 69], case.x[2, 3], case.x[3] = nan, inf, 1e-38
+    case.W[5, 0], case.W[6, 1] = nan, -inf
+    rows, scores = Int8Rows.empty(40, 70), torch.empty(16, 40, dtype=torch.bfloat16)
+    int8.write_int8(case.W, rows)
+    error = int8.int8_scores(case.x, rows, case.b, scores)
+    odd = torch.zeros(16, 40, dtype=torch.bool)
+    odd[1:3], odd[:, 5:7] = True, True
+    assert torch.equal(scores.isnan(), odd) and not (error < inf).any()
+    assert torch.equal(scores[3, 7:], case.b[7:].bfloat16())
 
 
 # -- Rows of the batch -----------------------------------------------------------------------------
@@ -328,6 +454,17 @@ def test_moments_of_an_idle_latent_end_at_zero(ops):
     assert torch.tensor(1e-39) * 1 > 0  # This thread's own arithmetic is as it was.
 
 
+@pytest.mark.parametrize("shape", [(33, 100, 257, 12), (5, 3, 9, 4)], ids=str)
+def test_adam_writes_rows_in_int8(ops, shape):
+    case = Case(*shape)
+    found, expected = (Int8Rows.empty(shape[2], shape[1]) for _ in range(2))
+    m, v = torch.zeros_like(case.W), torch.zeros_like(case.W)
+    adam(ops, case.W, m, v, [case.factor(ops)], unit=True, shadow=found)
+    ops.write_int8(case.W, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert found.tiles.any()
+
+
 def test_writing_in_place_is_seen_by_autograd(ops):
     case = Case(5, 3, 9, 4)
     tensors = [case.W, torch.zeros(9, 3), torch.zeros(9, 3), torch.zeros(9, 3).bfloat16()]
@@ -351,8 +488,20 @@ def test_the_number_of_threads_changes_no_bit(ops):
             ops.topk(case.x, 9), ops.decode(case.W, case.offsets, case.indices, case.values),
             *ops.by_latent(case.offsets, case.indices, 6),
             ops.sums_by_latent(ops.by_latent(case.offsets, case.indices, 6), case.values),
-            ops.weighted_sum(case.W, case.b),
+            ops.weighted_sum(case.W, case.b), *in_int8(),
+            *ops.above(scores, others[2], error), *ops.largest_within(*close_scores, 9)[:2],
         ]  # fmt: skip
+
+    error = torch.full((300,), 0.5)
+    scores, *others = scores_off_by(error, n=300)
+    close_scores = (scores, error, *others)
+
+    def in_int8() -> list[torch.Tensor]:
+        x, W, b = others
+        rows, scores = Int8Rows.empty(*W.shape), torch.empty(len(x), len(W), dtype=torch.bfloat16)
+        ops.write_int8(W, rows)
+        found = [ops.int8_scores(x, rows, b, scores), scores] if ops.multiplies_int8() else []
+        return [*rows, *found]
 
     before = torch.get_num_threads()
     found = []
@@ -381,6 +530,8 @@ def test_wrong_tensors_are_refused(ops):
         ops.by_latent(case.offsets[:-2], case.indices, 9)
     with pytest.raises(ValueError, match=r"k must lie in 1\.\.3, not be 4"):
         ops.topk(case.W, 4)
+    with pytest.raises(ValueError, match=r"rows in int8 must be torch.int8 \[1, 2048\]"):
+        ops.write_int8(case.W, Int8Rows.empty(33, 3))
 
 
 # -- Compiling -------------------------------------------------------------------------------------
@@ -437,6 +588,14 @@ def test_a_compiler_without_an_end_is_no_error(fresh, caplog, monkeypatch):
     monkeypatch.setenv("CXX", "'g++")
     assert not native_ops.available()
     assert "No closing quotation" in caplog.messages[-1]
+
+
+@compiles
+def test_a_compiler_that_knows_less_is_asked_for_less(fresh, caplog, monkeypatch):
+    monkeypatch.setitem(_native_library.LEVELS, "amx", ("-mno-such-instructions",))
+    monkeypatch.setattr(_native_library, "supported_levels", lambda: ["amx", "portable"])
+    assert native_ops.available() and not native_ops.multiplies_int8()
+    assert not any("not used" in message for message in caplog.messages)
 
 
 @compiles

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sae_runner.kernels import selection
-from sae_runner.kernels.selection import SCREEN_ERROR, Selector, screen_error
+from sae_runner.kernels import native_ops, selection
+from sae_runner.kernels.choice import using
+from sae_runner.kernels.selection import ScreenError, Selector
 
 N, D, S = 150, 24, 700
 
@@ -18,11 +19,15 @@ def problem():
     return x, W, b
 
 
-@pytest.fixture(params=["fp32", "screened"])
+@pytest.fixture(params=["fp32", "screened", "screened in bf16", "screened by PyTorch"])
 def selector(request, monkeypatch):
     monkeypatch.setattr(selection, "CHUNK_BYTES", {"cpu": 50_000, "cuda": 0})  # Several chunks.
     monkeypatch.setattr(selection, "LEAST_ROWS", 7)
-    return Selector(request.param)
+    precision, _, how = request.param.partition(" ")
+    if how == "in bf16":
+        monkeypatch.setattr(native_ops, "multiplies_int8", lambda: False)
+    with using("torch" if how == "by PyTorch" else "auto"):
+        yield Selector(precision)
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, S])
@@ -48,6 +53,34 @@ def test_a_screen_without_spare_candidates_would_choose_others(problem):
     assert (exact != half).any(1).float().mean() > 0.05
 
 
+def test_top_where_scores_are_close(selector):
+    """More than half as many more lie within what a screen rounds off."""
+    generator = torch.Generator().manual_seed(7)
+    both = torch.randn(1, D, generator=generator)
+    x = both + 0.01 * torch.randn(N, D, generator=generator)
+    W = both + 0.02 * torch.randn(S, D, generator=generator)
+    values, indices = selector.top(x, W, torch.zeros(S), 20)
+    exact = x.double() @ W.double().T  # About 24 ± 0.1, and bfloat16 has steps of 0.125.
+    expected = exact.topk(20, dim=1).values
+    order = values.sort(dim=1, descending=True).values
+    torch.testing.assert_close(order.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(values.double(), exact.gather(1, indices.long()), rtol=1e-6, atol=0)
+
+
+def test_int8_is_left_where_it_is_too_coarse(problem, caplog):
+    x, W, b = problem
+    x[:, 3] *= 1000
+    W[:, 3] = 0  # The column is of no use, but all others are less than a step.
+    selector = Selector("screened")
+    expected = (x @ W.T + b).topk(5).values.sort().values
+    caplog.set_level("INFO")
+    for _ in range(3):
+        torch.testing.assert_close(selector.top(x, W, b, 5)[0].sort().values, expected)
+        selector.shadow_written(W)  # What was read is W, and what is read next may not be yet.
+    said = [message for message in caplog.messages if "too coarse" in message]
+    assert len(said) == native_ops.multiplies_int8()
+
+
 @pytest.mark.parametrize("level", [-1.0, 4.0, 1e6])
 def test_above_is_all_that_exceeds_its_floor(problem, selector, level):
     x, W, b = problem
@@ -60,6 +93,16 @@ def test_above_is_all_that_exceeds_its_floor(problem, selector, level):
     )
     assert found.indices.equal(indices.int())
     torch.testing.assert_close(found.values, scores[rows, indices], rtol=1e-5, atol=1e-5)
+
+
+def test_above_a_floor_that_a_screen_rounds(problem, selector):
+    x, W, b = problem
+    b = b + 1000  # bfloat16 has steps of 4 there, or of 8.
+    floor = torch.full((S,), 1005.0)
+    expected = (x @ W.T + b) > floor
+    found = selector.above(x, W, b, floor)
+    assert found.offsets.diff().equal(expected.sum(1))
+    assert found.indices.equal(expected.nonzero()[:, 1].int())
 
 
 @pytest.mark.parametrize("n_wanted", [0, 1, 1500, 60_000, N * S])
@@ -82,16 +125,16 @@ def test_a_floor_that_was_guessed_too_high_is_noticed(selector):
     assert len(found.values) == 128 and found.values.min() == 0.5
 
 
-@pytest.mark.parametrize("outlier", [1.0, 30.0])
-def test_the_bound_of_a_screens_rounding_holds_and_is_no_exaggeration(outlier):
+@pytest.mark.parametrize(("outlier", "weight"), [(1, 1), (30, 30), (1000, 0.01)])
+def test_the_bound_of_a_screens_rounding_holds_and_is_no_exaggeration(outlier, weight):
     generator = torch.Generator().manual_seed(5)
     x, W = torch.randn(600, 48, generator=generator), torch.randn(900, 48, generator=generator)
     x[:, 7] *= outlier  # A coordinate that dominates, as models have them.
-    W[:, 7] *= outlier
+    W[:, 7] *= weight
     exact = x.double() @ W.double().T
     off = (x.bfloat16().double() @ W.bfloat16().double().T - exact).abs()
-    bound = SCREEN_ERROR * torch.outer(screen_error(x), screen_error(W))
-    assert (off <= bound).all() and (off > bound / 4).any()
+    bound = ScreenError(W).of(x).unsqueeze(1)
+    assert (off <= bound).all() and (off > bound / 6).any()
 
 
 def test_a_shadow_is_used_while_it_is_that_of_the_weights(problem):

@@ -57,6 +57,22 @@ def test_the_largest_may_all_be_of_one_group():
     assert expected < {*torch_ops.topk(scores, 20)[1].tolist()}
 
 
+@pytest.mark.parametrize(("k", "d_sae"), [(1, 2000), (5, 2000), (5, 300)])
+def test_largest_within_looks_further_where_that_may_be_needed(k, d_sae):
+    """Scores of row 0 are right, of row 1 off by their differences, of row 2 by far more."""
+    x, W, b = drawn(3, 8).float(), drawn(d_sae, 8, seed=1).float(), drawn(d_sae, seed=2).float()
+    exact = x @ W.T + b
+    off = torch.tensor([0.0, 1.0, 300.0]).unsqueeze(1) * drawn(3, d_sae, seed=3)
+    scores = (exact + off).bfloat16()
+    values, indices, looked_at = torch_ops.largest_within(scores, None, x, W, b, k)
+    expected = exact.topk(k)
+    torch.testing.assert_close(values.sort(descending=True).values, expected.values)
+    assert torch.equal(indices.long().sort().values, expected.indices.sort().values)
+    assert 3 * torch_ops.n_candidates(k) + d_sae <= looked_at < 3 * d_sae
+    sure = torch_ops.largest_within(scores[:1], None, x[:1], W, b, k)
+    assert sure[2] == torch_ops.n_candidates(k)
+
+
 @pytest.mark.usefixtures("some_at_a_time")
 @pytest.mark.parametrize("unit", [False, True])
 def test_gradient_norm(unit):
