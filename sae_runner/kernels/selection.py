@@ -65,8 +65,8 @@ class Selector:
     """Scores x W^T + b and chooses; buffers are kept from call to call.
 
     Args:
-        precision: `fp32` (the weights' own), `screened` (the same results from a bfloat16 screen)
-            or `bf16` (scores are those of the screen).
+        precision: `fp32` (the weights' own), `screened` (the same results, candidates being looked
+            for in int8 or bfloat16) or `bf16` (scores are those of a product in bfloat16).
     """
 
     def __init__(self, precision: Precision = "fp32") -> None:

@@ -252,9 +252,10 @@ class _Cursor:
     ) -> None:
         self.source, self.seed, self.split = source, seed, split
         self.position = start
-        keeps = 0 < source.n_bytes(split) <= source.keep_bytes
+        n_bytes = source.n_bytes(split)
+        keeps = 0 < n_bytes <= source.keep_bytes
         self._kept: dict[int, dict[str, Tensor]] | None = {} if keeps else None
-        self.home = device if keeps else CPU  # Where windows are.
+        self.home = device if keeps and has_room(device, n_bytes) else CPU  # Where windows are.
         self._group: _Group | None = None
         self._n_empty = 0
         """Groups without a row, one after another."""
@@ -314,6 +315,11 @@ class _Cursor:
         # The tag keeps these apart from the seeds of the windows' own permutations.
         state = np.random.SeedSequence([self.seed, *key, _TAG]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def has_room(device: torch.device, n_bytes: int) -> bool:
+    """Whether so much may be kept on a device: on a GPU half of what is free now, at most."""
+    return device.type != "cuda" or 2 * n_bytes <= torch.cuda.mem_get_info(device)[0]
 
 
 def mixed(mix_rows: int, window_rows: int, n_windows: int) -> int:

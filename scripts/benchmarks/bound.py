@@ -3,7 +3,8 @@
 The encoder's product, once, in bfloat16 where the device multiplies bfloat16 matrices; Adam over
 all weights in one pass, gradients included (28 bytes a weight); and four passes over the rows of
 chosen latents (scores, decoder and two gradients), in float32. An implementation that keeps rows in
-cache from one pass to the next, or a gradient in registers, may come under a part of it.
+cache from one pass to the next, a gradient in registers, or a product in int8, which PyTorch has
+no fast one of on a CPU, may come under a part of it.
 """
 
 import time

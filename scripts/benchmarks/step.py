@@ -9,12 +9,13 @@ sparsify       as sparsify publishes it: an encoder whose gradient is one index_
                on CUDA); of AuxK no gradient reaches the encoder; autocast on CUDA
 torch-fp32     ours, by PyTorch's operations
 torch-screened the same, chosen by a bfloat16 screen and scored in float32
-native-*       ours, by the C++ kernels (Triton on CUDA, there called triton-*)
+native-*       ours, by the C++ kernels (Triton on CUDA, there called triton-*); the screen is in
+               int8 where the processor has matrix units for it
 triton-recorded  screened, its kernels started together as a CUDA graph, after four steps that are
                not timed; left out with --auxk, as there is no record of what dead latents add
-bound          what cannot be left out: the encoder's product (in bfloat16 where the processor has
-               matrix units for it), a fused Adam over all weights, and four gathers of the chosen
-               rows, each alone and at its best
+bound          what PyTorch cannot leave out: the encoder's product (in bfloat16 where the processor
+               has matrix units for it), a fused Adam over all weights, and four gathers of the
+               chosen rows, each alone and at its best
 
 Each is a process that is visited in turn; its peak memory is its own, and allocator settings are
 the same for all. `fvu` is the share of the variance that the last step found unexplained: all begin

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_runner.errors import DataError, StoreError
-from sae_runner.store.activations import Batch, Position
+from sae_runner.store.activations import Batch, Position, has_room
 from sae_runner.store.prefetch import Prefetched
 from sae_runner.store.reader import ActivationStore, open_store
 
@@ -55,6 +55,12 @@ def test_what_is_kept_is_asked_for_once_and_gives_the_same_batches(world, monkey
     times = {store: {asked[id(store), "train", i] for i in range(fetched.n_windows("train"))}
              for store in (fetched, kept, short)}  # fmt: skip
     assert times[kept] == {1} and times[fetched] == times[short] and min(times[short]) >= 3
+
+
+def test_a_gpu_has_room_for_rows_that_half_of_what_is_free_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 10**12))
+    assert has_room(torch.device("cuda"), 500) and not has_room(torch.device("cuda"), 501)
+    assert has_room(torch.device("cpu"), 10**12)
 
 
 def test_the_size_of_a_split_is_that_of_its_rows(world):
