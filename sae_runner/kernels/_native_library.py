@@ -127,3 +127,10 @@ def load_library() -> ctypes.CDLL | None:
             reasons.append(" ".join(str(error).split()))  # Older compilers know no AMX.
     logger.info("the native kernels are not used, PyTorch's operations are: %s", reasons[0])
     return None
+
+
+def loaded_level() -> str | None:
+    """The level of the library that is used."""
+    library = load_library()
+    paths = {str(library_path(level)): level for level in LEVELS}
+    return None if library is None else paths.get(library._name)

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
+from sae_runner.kernels import int8
+from sae_runner.kernels._native_call import call, check
 from sae_runner.kernels._native_library import load_library
 from sae_runner.kernels.base import ByLatent, Factor, Int8Rows
 
@@ -30,51 +32,9 @@ class _Step(ctypes.Structure):
     ]
 
 
-class _Int8Rows(ctypes.Structure):
-    """`Int8Rows` as C++ reads them."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in Int8Rows._fields]
-
-
 def available() -> bool:
     """Whether the kernels can be used here: the first call compiles them, and says if not, why."""
     return load_library() is not None
-
-
-def multiplies_int8() -> bool:
-    """Whether `int8_scores` can be called: the processor, the compiler and the system know AMX."""
-    native = load_library()
-    return native is not None and bool(native.multiplies_int8())
-
-
-def write_int8(W: Float32[Tensor, "d_sae d"], to: Int8Rows) -> None:
-    """Write all rows of W in int8."""
-    d_sae, d = W.shape
-    _check("W", W, torch.float32, (d_sae, d))
-    _call("int8_rows", W, d_sae, d, _int8_rows(to, d_sae, d))
-
-
-def int8_scores(
-    x: Float32[Tensor, "n d"],
-    rows: Int8Rows,
-    b: Float32[Tensor, " d_sae"],
-    out: BFloat16[Tensor, "n d_sae"],
-) -> Float32[Tensor, " n"]:
-    """Write about ⟨x_t, W_j⟩ + b_j to `out`; returns four standard deviations of their error.
-
-    That is what both factors are rounded by: with steps a of x and w_j of W_j a product is off by
-    a variance of (a² ‖W_j‖² + w_j² ‖x‖²) / 12. Scores are rounded to bfloat16 besides.
-    """
-    if not multiplies_int8():  # Which also asks the system for tiles.
-        raise RuntimeError("this processor, compiler or system has no matrices of int8")
-    (n, d), d_sae = x.shape, len(b)
-    _check("x", x, torch.float32, (n, d))
-    _check("b", b, torch.float32, (d_sae,))
-    _check("out", out, torch.bfloat16, (n, d_sae))
-    error = torch.empty(n)
-    longest, step = (ctypes.c_float(float(most.max())) for most in (rows.lengths, rows.steps))
-    _call("int8_scores", x, _int8_rows(rows, d_sae, d), longest, step, b, n, d_sae, d, out, error)
-    return error
 
 
 def topk(scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
@@ -84,11 +44,11 @@ def topk(scores: Float[Tensor, "n d_sae"], k: int) -> Int32[Tensor, "n k"]:
     """
     n, d_sae = scores.shape
     half = scores.dtype == torch.bfloat16
-    _check("scores", scores, torch.bfloat16 if half else torch.float32, (n, d_sae))
+    check("scores", scores, torch.bfloat16 if half else torch.float32, (n, d_sae))
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must lie in 1..{d_sae}, not be {k}")
     places = torch.empty(n, k, dtype=torch.int32)
-    _call("topk_bf16" if half else "topk_fp32", scores, n, d_sae, k, places)
+    call("topk_bf16" if half else "topk_fp32", scores, n, d_sae, k, places)
     return places
 
 
@@ -107,16 +67,16 @@ def largest_within(
     if error is None:
         raise ValueError("error must be known")
     (n, d), d_sae = x.shape, len(b)
-    _check("scores", scores, torch.bfloat16, (n, d_sae))
-    _check("error", error, torch.float32, (n,))
-    _check("x", x, torch.float32, (n, d))
-    _check("W", W, torch.float32, (d_sae, d))
-    _check("b", b, torch.float32, (d_sae,))
+    check("scores", scores, torch.bfloat16, (n, d_sae))
+    check("error", error, torch.float32, (n,))
+    check("x", x, torch.float32, (n, d))
+    check("W", W, torch.float32, (d_sae, d))
+    check("b", b, torch.float32, (d_sae,))
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must lie in 1..{d_sae}, not be {k}")
     values, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int32)
     candidates = torch.empty(n, dtype=torch.int32)
-    _call("largest_within", scores, error, x, W, b, n, d_sae, d, k, values, indices, candidates)
+    call("largest_within", scores, error, x, W, b, n, d_sae, d, k, values, indices, candidates)
     return values, indices, int(candidates.sum())
 
 
@@ -126,14 +86,14 @@ def above(
     """See `Ops.above`; scores are float32 or bfloat16."""
     n, d_sae = scores.shape
     half = scores.dtype == torch.bfloat16
-    _check("scores", scores, torch.bfloat16 if half else torch.float32, (n, d_sae))
-    _check("least", least, torch.float32, (d_sae,))
-    _check("error", error, torch.float32, (n,))
+    check("scores", scores, torch.bfloat16 if half else torch.float32, (n, d_sae))
+    check("least", least, torch.float32, (d_sae,))
+    check("error", error, torch.float32, (n,))
     offsets, dtype = torch.zeros(n + 1, dtype=torch.int64), "bf16" if half else "fp32"
-    _call(f"count_above_{dtype}", scores, least, error, n, d_sae, offsets[1:])
+    call(f"count_above_{dtype}", scores, least, error, n, d_sae, offsets[1:])
     torch.cumsum(offsets[1:], 0, out=offsets[1:])
     indices = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    _call(f"list_above_{dtype}", scores, least, error, offsets, n, d_sae, indices)
+    call(f"list_above_{dtype}", scores, least, error, offsets, n, d_sae, indices)
     return offsets, indices
 
 
@@ -145,11 +105,11 @@ def products(
 ) -> Float32[Tensor, " nnz"]:
     """See `Ops.products`."""
     n, d = x.shape
-    _check("x", x, torch.float32, (n, d))
-    _check("W", W, torch.float32, (len(W), d))
+    check("x", x, torch.float32, (n, d))
+    check("W", W, torch.float32, (len(W), d))
     _check_selection(offsets, indices, n)
     out = torch.empty(len(indices))
-    _call("products", x, W, offsets, indices, n, d, out)
+    call("products", x, W, offsets, indices, n, d, out)
     return out
 
 
@@ -161,11 +121,11 @@ def decode(
 ) -> Float32[Tensor, "n d"]:
     """See `Ops.decode`."""
     n, d = len(offsets) - 1, W.shape[1]
-    _check("W", W, torch.float32, (len(W), d))
+    check("W", W, torch.float32, (len(W), d))
     _check_selection(offsets, indices, n)
-    _check("values", values, torch.float32, (len(indices),))
+    check("values", values, torch.float32, (len(indices),))
     out = torch.empty(n, d)
-    _call("decode", W, offsets, indices, values, n, d, out)
+    call("decode", W, offsets, indices, values, n, d, out)
     return out
 
 
@@ -178,12 +138,12 @@ def reconstruct(
 ) -> tuple[Float32[Tensor, "n d"], Float32[Tensor, " nnz"]]:
     """See `Ops.reconstruct`; the rows of W are read from memory once."""
     n, d = wanted.shape
-    _check("wanted", wanted, torch.float32, (n, d))
-    _check("W", W, torch.float32, (len(W), d))
+    check("wanted", wanted, torch.float32, (n, d))
+    check("W", W, torch.float32, (len(W), d))
     _check_selection(offsets, indices, n)
-    _check("values", values, torch.float32, (len(indices),))
+    check("values", values, torch.float32, (len(indices),))
     residual, out = torch.empty(n, d), torch.empty(len(indices))
-    _call("reconstruct", W, offsets, indices, values, wanted, n, d, residual, out)
+    call("reconstruct", W, offsets, indices, values, wanted, n, d, residual, out)
     return residual, out
 
 
@@ -195,7 +155,7 @@ def by_latent(
     _check_selection(offsets, indices, n)
     starts = torch.empty(d_sae + 1, dtype=torch.int64)
     rows, entries = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz, dtype=torch.int32)
-    _call("by_latent", offsets, indices, n, d_sae, starts, rows, entries)
+    call("by_latent", offsets, indices, n, d_sae, starts, rows, entries)
     return ByLatent(starts, rows, entries)
 
 
@@ -204,11 +164,11 @@ def sums_by_latent(
 ) -> Float32[Tensor, " d_sae"]:
     """See `Ops.sums_by_latent`; in float64."""
     d_sae = len(by_latent.starts) - 1
-    _check("starts", by_latent.starts, torch.int64, (d_sae + 1,))
-    _check("entries", by_latent.entries, torch.int32, (len(values),))
-    _check("values", values, torch.float32, (len(values),))
+    check("starts", by_latent.starts, torch.int64, (d_sae + 1,))
+    check("entries", by_latent.entries, torch.int32, (len(values),))
+    check("values", values, torch.float32, (len(values),))
     out = torch.empty(d_sae)
-    _call("sums_by_latent", by_latent.starts, by_latent.entries, values, d_sae, out)
+    call("sums_by_latent", by_latent.starts, by_latent.entries, values, d_sae, out)
     return out
 
 
@@ -217,10 +177,10 @@ def weighted_sum(
 ) -> Float32[Tensor, " d"]:
     """See `Ops.weighted_sum`; rows without weight are not read."""
     m, d = W.shape
-    _check("W", W, torch.float32, (m, d))
-    _check("weights", weights, torch.float32, (m,))
+    check("W", W, torch.float32, (m, d))
+    check("weights", weights, torch.float32, (m,))
     out = torch.empty(d)
-    _call("weighted_sum", W, weights, m, d, out)
+    call("weighted_sum", W, weights, m, d, out)
     return out
 
 
@@ -229,7 +189,7 @@ def weight_gradient(factor: Factor, d_sae: int) -> Float32[Tensor, "d_sae d"]:
     d = factor.dense.shape[1]
     array = _factors([factor], d_sae, d)
     gradient = torch.empty(d_sae, d)
-    _call("weight_gradient", array, d_sae, d, gradient)
+    call("weight_gradient", array, d_sae, d, gradient)
     return gradient
 
 
@@ -240,9 +200,9 @@ def gradient_norm2(
     d_sae, d = len(factors[0].by_latent.starts) - 1, factors[0].dense.shape[1]
     array = _factors(factors, d_sae, d)
     if W is not None:
-        _check("W", W, torch.float32, (d_sae, d))
+        check("W", W, torch.float32, (d_sae, d))
     norm2 = torch.empty((), dtype=torch.float64)
-    _call("gradient_norm2", array, len(factors), W, d_sae, d, norm2)
+    call("gradient_norm2", array, len(factors), W, d_sae, d, norm2)
     return norm2
 
 
@@ -269,12 +229,12 @@ def adam_(
     array = _factors(factors, d_sae, d)
     written = [W, exp_avg, exp_avg_sq]
     for name, tensor in zip(("W", "exp_avg", "exp_avg_sq"), written, strict=True):
-        _check(name, tensor, torch.float32, (d_sae, d))
-    in_int8 = _Int8Rows()
+        check(name, tensor, torch.float32, (d_sae, d))
+    in_int8 = int8.RowsInC()
     if isinstance(shadow, Int8Rows):
-        in_int8, shadow = _int8_rows(shadow, d_sae, d), None
+        in_int8, shadow = int8.in_c(shadow, d_sae, d), None
     if shadow is not None:
-        _check("a row of shadow", shadow[0], torch.bfloat16, (d,))
+        check("a row of shadow", shadow[0], torch.bfloat16, (d,))
         if len(shadow) != d_sae:
             raise ValueError(f"shadow has {len(shadow)} rows for {d_sae} of W")
         written.append(shadow)
@@ -282,59 +242,15 @@ def adam_(
     size = float(lr) * root / (1 - beta1 ** int(step))
     numbers = _Step(float(scale), 1 - beta1, beta2, 1 - beta2, size, eps * root)
     stride = 0 if shadow is None else shadow.stride(0)
-    _call("adam", W, exp_avg, exp_avg_sq, shadow, stride, in_int8, array, len(factors), d_sae, d,
+    call("adam", W, exp_avg, exp_avg_sq, shadow, stride, in_int8, array, len(factors), d_sae, d,
           numbers, int(unit))  # fmt: skip
     torch.autograd.graph.increment_version(written)
 
 
-def _call(
-    name: str,
-    *arguments: Tensor | int | ctypes.Structure | ctypes.Array[_Factor] | ctypes.c_float | None,
-) -> None:
-    """Call a function of native/native.cpp, with the number of torch's threads as last argument."""
-    native = load_library()
-    if native is None:
-        raise RuntimeError("the native kernels are not available")
-    words = [_word(argument) for argument in (*arguments, torch.get_num_threads())]
-    getattr(native, name)(*words)
-
-
-def _word(argument: object) -> object:
-    """An argument as C takes it: tensors are pointers, integers have 64 bits."""
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if argument is None:
-        return ctypes.c_void_p()
-    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Refuse what C++ would misread.
-
-    Raises:
-        ValueError: another type, shape, layout or device.
-    """
-    found = (tensor.dtype, tuple(tensor.shape), tensor.is_contiguous(), tensor.device.type)
-    if found != (dtype, shape, True, "cpu"):
-        layout = "contiguous" if found[2] else "not contiguous"
-        raise ValueError(
-            f"{name} must be {dtype} {list(shape)}, contiguous, on the CPU, not "
-            f"{found[0]} {list(found[1])}, {layout}, on {found[3]}"
-        )
-
-
-def _int8_rows(rows: Int8Rows, d_sae: int, d: int) -> _Int8Rows:
-    """The same for C++, if there is room for as many rows as that."""
-    dtypes = (torch.int8, torch.float32, torch.float32)
-    for tensor, dtype, shape in zip(rows, dtypes, Int8Rows.shapes(d_sae, d), strict=True):
-        _check("rows in int8", tensor, dtype, shape)
-    return _Int8Rows(*(tensor.data_ptr() for tensor in rows))
-
-
 def _check_selection(offsets: Tensor, indices: Tensor, n: int) -> None:
     """Refuse a selection of other types or another number of rows or entries."""
-    _check("offsets", offsets, torch.int64, (n + 1,))
-    _check("indices", indices, torch.int32, (len(indices),))
+    check("offsets", offsets, torch.int64, (n + 1,))
+    check("indices", indices, torch.int32, (len(indices),))
     if offsets[-1] != len(indices):
         raise ValueError(f"offsets end at {offsets[-1]}, and there are {len(indices)} indices")
 
@@ -344,10 +260,10 @@ def _factors(factors: Sequence[Factor], d_sae: int, d: int) -> ctypes.Array[_Fac
     array = (_Factor * len(factors))()
     for i, (by_latent, coefs, dense) in enumerate(factors):
         nnz = len(coefs)
-        _check("starts", by_latent.starts, torch.int64, (d_sae + 1,))
-        _check("rows", by_latent.rows, torch.int32, (nnz,))
-        _check("entries", by_latent.entries, torch.int32, (nnz,))
-        _check("coefs", coefs, torch.float32, (nnz,))
-        _check("dense", dense, torch.float32, (len(dense), d))
+        check("starts", by_latent.starts, torch.int64, (d_sae + 1,))
+        check("rows", by_latent.rows, torch.int32, (nnz,))
+        check("entries", by_latent.entries, torch.int32, (nnz,))
+        check("coefs", coefs, torch.float32, (nnz,))
+        check("dense", dense, torch.float32, (len(dense), d))
         array[i] = _Factor(*(t.data_ptr() for t in (*by_latent, coefs, dense)))
     return array

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from sae_runner.kernels import native_ops
+from sae_runner.kernels import int8, native_ops
 from sae_runner.kernels.base import Int8Rows
 from sae_runner.kernels.choice import ops_for
 from sae_runner.kernels.torch_ops import n_candidates
@@ -205,15 +205,15 @@ class Selector:
     def _multiplies_int8(self, W: Tensor) -> bool:
         """Whether there is a product in int8, and it is of use."""
         wanted = self.precision == "screened" and not self._coarse
-        return wanted and ops_for(W) is native_ops and native_ops.multiplies_int8()
+        return wanted and ops_for(W) is native_ops and int8.available()
 
     def _int8_product(self, W: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """About the scores of rows, written to the second argument; and their error."""
         copy = self.shadow_of(W)
         assert isinstance(copy, Int8Rows)
         if self._version != W._version:
-            native_ops.write_int8(W, copy)
-        return lambda part, out: native_ops.int8_scores(part, copy, b, out)
+            int8.write(W, copy)
+        return lambda part, out: int8.scores(part, copy, b, out)
 
     def _half_product(self, W: Tensor, b: Tensor, n_rows: int) -> Callable[[Tensor, Tensor], None]:
         """Scores in bfloat16 of up to `n_rows` rows, written to the second argument."""

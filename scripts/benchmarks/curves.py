@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.cache import composed
-from benchmarks.results import Ratio, Result, native_level
+from benchmarks.results import Ratio, Result
 from benchmarks.trainers import trainer_on
 from sae_runner.commands.cache import ensure_store
 from sae_runner.config import construct
+from sae_runner.kernels import native_ops
 from sae_runner.kernels.autograd import Reconstruction
 from sae_runner.kernels.choice import Kernels, using
 from sae_runner.report.style import COLOURS, house_style, new_figure, save
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace, folder: Path) -> Result:
         CONTROL: ("torch", {"precision": "fp32"}),
         "sparse, PyTorch": ("torch", {}),
     }
-    if native_level():
+    if native_ops.available():
         paths["sparse, native kernels"] = ("auto", {})
     curves = {}
     for name, (kernels, precision) in paths.items():

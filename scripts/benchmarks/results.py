@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from sae_runner import __version__
-from sae_runner.kernels import native_ops, triton_ops
-from sae_runner.kernels._native_library import compiler, supported_levels
+from sae_runner.kernels import triton_ops
+from sae_runner.kernels._native_library import compiler, loaded_level
 from sae_runner.kernels.selection import multiplies_bf16
 
 Timed = dict[str, list[float]]
@@ -106,7 +106,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return {
         "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "bf16_matrix_units": multiplies_bf16(torch.device(device)), "gpu": gpu,
-        "compiler": compiler_version(), "native_kernels": native_level(),
+        "compiler": compiler_version(), "native_kernels": loaded_level(),
         "triton_kernels": triton_ops.available(), "triton": installed("triton"),
         "platform": platform.platform(), "python": platform.python_version(),
         "torch": torch.__version__,
@@ -150,8 +150,3 @@ def compiler_version() -> str | None:
     words = [*command, "--version"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return (done.stdout.splitlines() or [shlex.join(command)])[0]
-
-
-def native_level() -> str | None:
-    """The instructions that the native kernels are compiled for; None where they are not used."""
-    return supported_levels()[0] if native_ops.available() else None

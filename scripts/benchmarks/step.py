@@ -33,10 +33,10 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.results import Ratio, Result, Timed, native_level, spread, times_as_fast
+from benchmarks.results import Ratio, Result, Timed, spread, times_as_fast
 from benchmarks.step_sides import SIDES
 from benchmarks.visits import Visited
-from sae_runner.kernels import triton_ops
+from sae_runner.kernels import native_ops, triton_ops
 from sae_runner.kernels.selection import multiplies_bf16
 
 MEMORY = {"peak_mib": "memory", "above_start_mib": "own_memory"}
@@ -102,7 +102,7 @@ def sides_here(device: str) -> list[str]:
     cuda = device == "cuda"
     screened = multiplies_bf16(torch.device(device))
     kernels = ["torch"]
-    if triton_ops.available() if cuda else native_level():
+    if triton_ops.available() if cuda else native_ops.available():
         kernels.append("triton" if cuda else "native")
     ours = [f"{k}-{p}" for k in kernels for p in (["fp32", "screened"] if screened else ["fp32"])]
     if "triton-screened" in ours:

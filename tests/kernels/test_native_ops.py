@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_runner.kernels import _native_library, native_ops
+from sae_runner.kernels import _native_call, _native_library, int8, native_ops
 from sae_runner.kernels.base import Factor, Int8Rows
 
 SHAPES = [
@@ -32,7 +32,8 @@ def load(level: str) -> ctypes.CDLL:
 def ops(request, monkeypatch):
     """The operations, at each level of instructions."""
     library = load(request.param)
-    monkeypatch.setattr(native_ops, "load_library", lambda: library)
+    for module in (native_ops, _native_call, int8):
+        monkeypatch.setattr(module, "load_library", lambda: library)
     return native_ops
 
 
@@ -220,7 +221,7 @@ def test_rows_in_int8(ops, n, d, d_sae):
     W = Case(n, d, d_sae, 1).W
     W[0] = 0
     found = Int8Rows.empty(d_sae, d)
-    ops.write_int8(W, found)
+    int8.write(W, found)
     numbers, steps = whole_numbers(W.numpy())
     read = unpacked(found.tiles, d)
     np.testing.assert_array_equal(read[:d_sae, :d], numbers)
@@ -230,24 +231,23 @@ def test_rows_in_int8(ops, n, d, d_sae):
 
 
 @pytest.fixture
-def int8(ops):
-    """The operations, where they multiply int8."""
-    if not ops.multiplies_int8():
+def multiplies(ops):
+    """Where int8 can be multiplied."""
+    if not int8.available():
         out = torch.zeros(1, 1, dtype=torch.bfloat16)
         with pytest.raises(RuntimeError, match="no matrices of int8"):
-            ops.int8_scores(torch.zeros(1, 1), Int8Rows.empty(1, 1), torch.zeros(1), out)
+            int8.scores(torch.zeros(1, 1), Int8Rows.empty(1, 1), torch.zeros(1), out)
         pytest.skip("no matrices of int8")
-    return ops
 
 
 @pytest.mark.parametrize(("n", "d", "d_sae"), INT8_SHAPES)
-def test_scores_in_int8(int8, n, d, d_sae):
+def test_scores_in_int8(multiplies, n, d, d_sae):
     case = Case(n, d, d_sae, 1)
     x, W, b = case.x, case.W, case.b
     x[0] = 0
     rows, beyond = Int8Rows.empty(d_sae, d), torch.full((n + 1, d_sae), 9.0, dtype=torch.bfloat16)
-    int8.write_int8(W, rows)
-    error = int8.int8_scores(x, rows, b, beyond[:n])
+    int8.write(W, rows)
+    error = int8.scores(x, rows, b, beyond[:n])
     assert (beyond[n] == 9).all()
     (in_x, a), (in_W, w) = whole_numbers(x.numpy()), whole_numbers(W.numpy())
     expected = (in_x @ in_W.T) * a[:, None].astype(float) * w.astype(float) + b.double().numpy()
@@ -259,24 +259,24 @@ def test_scores_in_int8(int8, n, d, d_sae):
     close(error, 4 * np.sqrt(variance))
 
 
-def test_the_error_of_scores_in_int8_is_no_exaggeration(int8):
+def test_the_error_of_scores_in_int8_is_no_exaggeration(multiplies):
     case = Case(200, 300, 1000, 1)
     rows, scores = Int8Rows.empty(1000, 300), torch.empty(200, 1000, dtype=torch.bfloat16)
-    int8.write_int8(case.W, rows)
-    error = int8.int8_scores(case.x, rows, case.b, scores).double().numpy()[:, None]
+    int8.write(case.W, rows)
+    error = int8.scores(case.x, rows, case.b, scores).double().numpy()[:, None]
     exact = case.x.double().numpy() @ case.W.double().numpy().T + case.b.double().numpy()
     off = np.abs(scores.double().numpy() - exact)
     assert (off <= error + np.abs(exact) / 256).all() and (off > error / 2).mean() > 0.001
 
 
-def test_scores_in_int8_of_odd_rows(int8):
+def test_scores_in_int8_of_odd_rows(multiplies):
     nan, inf = float("nan"), float("inf")
     case = Case(16, 70, 40, 1)
     case.x[1, 69], case.x[2, 3], case.x[3] = nan, inf, 1e-38
     case.W[5, 0], case.W[6, 1] = nan, -inf
     rows, scores = Int8Rows.empty(40, 70), torch.empty(16, 40, dtype=torch.bfloat16)
-    int8.write_int8(case.W, rows)
-    error = int8.int8_scores(case.x, rows, case.b, scores)
+    int8.write(case.W, rows)
+    error = int8.scores(case.x, rows, case.b, scores)
     odd = torch.zeros(16, 40, dtype=torch.bool)
     odd[1:3], odd[:, 5:7] = True, True
     assert torch.equal(scores.isnan(), odd) and not (error < inf).any()
@@ -460,7 +460,7 @@ def test_adam_writes_rows_in_int8(ops, shape):
     found, expected = (Int8Rows.empty(shape[2], shape[1]) for _ in range(2))
     m, v = torch.zeros_like(case.W), torch.zeros_like(case.W)
     adam(ops, case.W, m, v, [case.factor(ops)], unit=True, shadow=found)
-    ops.write_int8(case.W, expected)
+    int8.write(case.W, expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert found.tiles.any()
 
@@ -499,8 +499,8 @@ def test_the_number_of_threads_changes_no_bit(ops):
     def in_int8() -> list[torch.Tensor]:
         x, W, b = others
         rows, scores = Int8Rows.empty(*W.shape), torch.empty(len(x), len(W), dtype=torch.bfloat16)
-        ops.write_int8(W, rows)
-        found = [ops.int8_scores(x, rows, b, scores), scores] if ops.multiplies_int8() else []
+        int8.write(W, rows)
+        found = [int8.scores(x, rows, b, scores), scores] if int8.available() else []
         return [*rows, *found]
 
     before = torch.get_num_threads()
@@ -531,7 +531,7 @@ def test_wrong_tensors_are_refused(ops):
     with pytest.raises(ValueError, match=r"k must lie in 1\.\.3, not be 4"):
         ops.topk(case.W, 4)
     with pytest.raises(ValueError, match=r"rows in int8 must be torch.int8 \[1, 2048\]"):
-        ops.write_int8(case.W, Int8Rows.empty(33, 3))
+        int8.write(case.W, Int8Rows.empty(33, 3))
 
 
 # -- Compiling -------------------------------------------------------------------------------------
@@ -594,7 +594,7 @@ def test_a_compiler_without_an_end_is_no_error(fresh, caplog, monkeypatch):
 def test_a_compiler_that_knows_less_is_asked_for_less(fresh, caplog, monkeypatch):
     monkeypatch.setitem(_native_library.LEVELS, "amx", ("-mno-such-instructions",))
     monkeypatch.setattr(_native_library, "supported_levels", lambda: ["amx", "portable"])
-    assert native_ops.available() and not native_ops.multiplies_int8()
+    assert native_ops.available() and not int8.available()
     assert not any("not used" in message for message in caplog.messages)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_runner.kernels import native_ops, selection
+from sae_runner.kernels import int8, selection
 from sae_runner.kernels.choice import using
 from sae_runner.kernels.selection import ScreenError, Selector
 
@@ -25,7 +25,7 @@ def selector(request, monkeypatch):
     monkeypatch.setattr(selection, "LEAST_ROWS", 7)
     precision, _, how = request.param.partition(" ")
     if how == "in bf16":
-        monkeypatch.setattr(native_ops, "multiplies_int8", lambda: False)
+        monkeypatch.setattr(int8, "available", lambda: False)
     with using("torch" if how == "by PyTorch" else "auto"):
         yield Selector(precision)
 
@@ -78,7 +78,7 @@ def test_int8_is_left_where_it_is_too_coarse(problem, caplog):
         torch.testing.assert_close(selector.top(x, W, b, 5)[0].sort().values, expected)
         selector.shadow_written(W)  # What was read is W, and what is read next may not be yet.
     said = [message for message in caplog.messages if "too coarse" in message]
-    assert len(said) == native_ops.multiplies_int8()
+    assert len(said) == int8.available()
 
 
 @pytest.mark.parametrize("level", [-1.0, 4.0, 1e6])
