@@ -17,6 +17,7 @@ from sae_runner.meters import peak_rss_bytes, physical_bytes
 from sae_runner.models._precision import DTYPES
 from sae_runner.models.base import HookedModel, Inputs, Model, SiteInfo
 from sae_runner.saes.base import SAE
+from sae_runner.store.activations import has_room
 
 N_SAMPLE = 32768
 """Rows that an SAE's initialisation looks at."""
@@ -76,14 +77,15 @@ def training(pipeline: Pipeline, sae: SAE, n_rows: int) -> list[Part]:
     moved = device.type != "cpu" or store.kind == "stream"
     kept = moved and n_rows * sae.d_in * DTYPES[store.dtype].itemsize <= store.keep_bytes
     mixed = n_rows if kept else min(n_rows, max(store.mix_rows, store.window_rows))
-    where: Literal["host", "device"] = "device" if kept else "host"
+    there = kept and has_room(device, n_rows * sae.d_in * DTYPES[store.dtype].itemsize)
+    where: Literal["host", "device"] = "device" if there else "host"
     key = "store.keep_gb" if kept else "store.mix_rows"
     chunk = max(CHUNK_BYTES.get(device.type, dense), LEAST_ROWS * 4 * sae.d_sae)
     latents = min(dense, chunk) if sae.sparse else 3 * dense
     parts = [
         Part("parameters", size, "device", width, 1),
         Part("gradients", 0 if by_rows else size, "device", width, 1),
-        Part("encoder in half precision", size / 4 if screened else 0, "device", width),
+        Part("copy of the encoder", size / 4 if screened else 0, "device", width),
         Part("Adam's moments", 2 * size, "device", width, 1),
         Part("averaged weights", averaged, "device", "trainer.ema", 1),
         # Normalising the decoder, or the copy that a checkpoint is written from.

@@ -23,8 +23,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = sorted(Path(__file__).with_name("native").iterdir())
-"""native.cpp and what it includes."""
+MAIN = Path(__file__).with_name("native") / "native.cpp"
+SOURCES = [MAIN, *sorted(MAIN.parent.glob("*.h"))]
 FLAGS = (
     "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
@@ -72,16 +72,13 @@ def compile_library(level: str, path: Path) -> None:
     """Write the library for `level` to `path`.
 
     Raises:
-        OSError: no compiler, it failed or took longer than five minutes, or nothing can be written.
+        OSError: the compiler failed or took longer than five minutes, or nothing can be written.
     """
     command = compiler()
-    if not command:
-        raise OSError("no C++ compiler in PATH")
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f"{platform.node()}.{os.getpid()}.{threading.get_ident()}"
     part = path.with_name(f"{path.name}.{own}")
-    main = next(path for path in SOURCES if path.suffix == ".cpp")
-    words = [*command, *FLAGS, *LEVELS[level], str(main), "-o", str(part)]
+    words = [*command, *FLAGS, *LEVELS[level], str(MAIN), "-o", str(part)]
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, errors="replace", timeout=300, check=False
@@ -97,18 +94,29 @@ def compile_library(level: str, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+class UnknownInstructions(OSError):
+    """The compiler is older than the processor."""
+
+
 def load_level(level: str) -> ctypes.CDLL:
     """The library for `level`, compiled if need be.
 
     It uses the OpenMP that torch has loaded, so its threads are torch's.
 
     Raises:
+        UnknownInstructions: the compiler refuses the flags of `amx`.
         OSError: it cannot be had.
     """
     path = library_path(level)
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # Not there, cut off, or linked against a newer libc than this machine's.
+        command = compiler()
+        if not command:
+            raise OSError("no C++ compiler in PATH") from None
+        nothing = [*command, *LEVELS[level], "-fsyntax-only", "-x", "c++", os.devnull]
+        if level == "amx" and subprocess.run(nothing, capture_output=True, check=False).returncode:
+            raise UnknownInstructions(f"{command[0]} compiles nothing for AMX") from None
         start = time.perf_counter()
         logger.info("compiling the native kernels (%s), once", level)
         compile_library(level, path)
@@ -119,13 +127,15 @@ def load_level(level: str) -> ctypes.CDLL:
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The best library for this processor, or None; why not is logged, once."""
-    reasons = []
     for level in supported_levels():
         try:
             return load_level(level)
+        except UnknownInstructions as error:
+            logger.info("int8 is not multiplied: %s", error)
         except (OSError, RuntimeError, ValueError) as error:  # Also no home, or a CXX without end.
-            reasons.append(" ".join(str(error).split()))  # Older compilers know no AMX.
-    logger.info("the native kernels are not used, PyTorch's operations are: %s", reasons[0])
+            reason = " ".join(str(error).split())
+            logger.info("the native kernels are not used, PyTorch's operations are: %s", reason)
+            break
     return None
 
 

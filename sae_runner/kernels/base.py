@@ -42,18 +42,20 @@ class Int8Rows(NamedTuple):
     steps: Float32[Tensor, " d_sae_padded"]
     lengths: Float32[Tensor, " d_sae_padded"]
     """‖W_j‖."""
+    lost: Float32[Tensor, " d_sae_padded"]
+    """The length of what is less than half a step, times the root of its share of the columns."""
 
     @staticmethod
     def shapes(d_sae: int, d: int) -> tuple[tuple[int, ...], ...]:
         """Of the room that so many rows take."""
         pairs = -(-d_sae // 32)
-        return (pairs, 32 * 64 * -(-d // 64)), (32 * pairs,), (32 * pairs,)
+        return (pairs, 32 * 64 * -(-d // 64)), (32 * pairs,), (32 * pairs,), (32 * pairs,)
 
     @classmethod
     def empty(cls, d_sae: int, d: int) -> "Int8Rows":
         """Room for so many rows; whatever pads them is zero."""
-        tiles, steps, lengths = cls.shapes(d_sae, d)
-        return cls(torch.zeros(tiles, dtype=torch.int8), torch.zeros(steps), torch.zeros(lengths))
+        tiles, *others = cls.shapes(d_sae, d)
+        return cls(torch.zeros(tiles, dtype=torch.int8), *map(torch.zeros, others))
 
 
 @runtime_checkable

@@ -31,10 +31,10 @@ SCREEN_ERROR = 4 * 2.0**-9
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 2**29}
 """What a chunk of scores may take. On a CPU it should stay in the last cache until it is searched.
 After each its threads wait for each other: long, where another process has one of the cores."""
-BESIDE = 32
-"""On a CPU, columns of W's bfloat16 copy after its own, a whole tile: the bias, which meets a one
-in each row, and zeros. A vector would be copied over each chunk of scores before the product is
-added to it, which takes a quarter as long as the product."""
+BESIDE, B_COLUMNS = 32, 3
+"""On a CPU, columns of W's bfloat16 copy after its own, a whole tile: the bias, in as many parts as
+hold all of it, each of which meets a one in each row, and zeros. A vector would be copied over each
+chunk of scores before the product is added to it, which takes a quarter as long as the product."""
 PER_CANDIDATE = 200
 """An exact score takes as long as a product in int8 spares, beside bfloat16, of so many latents."""
 LEAST_ROWS = 256
@@ -73,8 +73,8 @@ class Selector:
         self.precision = precision
         self._buffers = dict[str, Tensor]()
         self._int8 = Int8Rows.empty(0, 0)
-        self._in_int8 = False  # Which of the two copies of W was asked for last,
-        self._version = -1  # and of which W it is one.
+        self._in_int8 = False  # Which of its two copies W has.
+        self._version = -1  # Of the W that whoever wrote it last wrote to the copy too.
         self._coarse = False  # Int8 had too many candidates.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Selector":
@@ -113,8 +113,9 @@ class Selector:
         """All entries whose score exceeds their latent's floor."""
         ops, half = ops_for(W), self._half(W, 0)
         screened = half and self.precision == "screened"
-        # Scores and floors of a screen are rounded too.
-        least = floor - 2**-8 * (floor.abs() + b.abs()) if screened else floor.to(W.dtype)
+        least = floor.to(W.dtype)
+        if screened:  # Scores are rounded too, and so is b where it has no columns of its own.
+            least = floor - 2**-8 * (floor.abs() + (0 if beside(W.device) else b.abs()))
         parts, looked_at = [], 0
         for part, scores, error in self._chunks(x, W, b, half, screened):
             off = part.new_zeros(len(part)) if error is None else error
@@ -191,11 +192,10 @@ class Selector:
         buffer = self._buffer("scores", (n_rows, len(W)), dtype, x.device)
         product: Callable[[Tensor, Tensor], Tensor | None] = partial(_product, W, b)
         if half:
-            in_int8 = self._multiplies_int8(W)
-            if self._in_int8 != in_int8:
-                self._in_int8, self._version = in_int8, -1
+            self._copy_in(int8=self._multiplies_int8(W))
+            in_int8 = self._in_int8
             product = self._int8_product(W, b) if in_int8 else self._half_product(W, b, n_rows)
-        off = ScreenError(W) if bounded and not self._in_int8 else None
+        off = ScreenError(W, b) if bounded and not self._in_int8 else None
         with torch.autocast(x.device.type, enabled=False):
             for part in torch.split(x, n_rows):
                 scores = buffer[: len(part)]
@@ -226,9 +226,12 @@ class Selector:
                 _product, shadow, self._buffer("b", b.shape, shadow.dtype, b.device).copy_(b)
             )
         whole, d = self._buffers["W"], W.shape[1]
-        whole[:, d] = b
+        left = b.clone()
+        for column in range(d, d + B_COLUMNS):
+            whole[:, column] = left
+            left -= whole[:, column]
         rows = self._buffer("rows", (n_rows, d + BESIDE), shadow.dtype, W.device)
-        rows[:, d] = 1
+        rows[:, d : d + B_COLUMNS] = 1
 
         def product(part: Tensor, out: Tensor) -> None:
             with_one = rows[: len(part)]
@@ -242,6 +245,7 @@ class Selector:
 
         Rows in bfloat16 are apart from each other on a CPU.
         """
+        self._copy_in(int8=self._in_int8 and ops_for(W) is native_ops)
         if self._in_int8:
             room = Int8Rows.shapes(*W.shape)
             if tuple(tensor.shape for tensor in self._int8) != room:
@@ -249,6 +253,12 @@ class Selector:
             return self._int8
         shape = (len(W), W.shape[1] + beside(W.device))
         return self._buffer("W", shape, torch.bfloat16, W.device)[:, : W.shape[1]]
+
+    def _copy_in(self, *, int8: bool) -> None:
+        """From now on W's copy is in int8, or in bfloat16; the other is given up."""
+        if self._in_int8 != int8:
+            self._in_int8, self._version, self._int8 = int8, -1, Int8Rows.empty(0, 0)
+            self._buffers.pop("W", None)
 
     def shadow_written(self, W: Tensor) -> None:
         """The shadow is W as it is now."""
@@ -285,13 +295,15 @@ class ScreenError:
     former where a column of x is far larger than the others, and W small there.
     """
 
-    def __init__(self, W: Float[Tensor, "d_sae d"]) -> None:
+    def __init__(self, W: Float[Tensor, "d_sae d"], b: Float[Tensor, " d_sae"]) -> None:
         self.length, self.columns = norm4(W).max(), W.abs().amax(0)
+        self.of_b = 2**-20 * b.abs().max()  # Sums as large as that are rounded in float32.
 
     def of(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Of each row."""
         by_columns = torch.linalg.vector_norm(x * self.columns, dim=1)
-        return SCREEN_ERROR * torch.minimum(norm4(x) * self.length, by_columns)
+        error = SCREEN_ERROR * torch.minimum(norm4(x) * self.length, by_columns) + self.of_b
+        return error.nan_to_num(math.inf, math.inf)
 
 
 def norm4(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

@@ -47,8 +47,8 @@ def largest_within(
 ) -> tuple[Float[Tensor, "n k"], Int32[Tensor, "n k"], int]:
     """See `Ops.largest_within`: some more than wanted, and twice as many where that may not do.
 
-    How far scores are off is seen where both are known. Of what no candidate has a latent may have
-    the least candidate's score and four times the error (root mean square) of its row.
+    How far scores are off is seen where both are known: another latent may have the least
+    candidate's score and four times the largest error of its row.
     """
     n, d_sae = scores.shape
     values, indices = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int32, device=x.device)
@@ -67,7 +67,7 @@ def largest_within(
         values[rows], places = exact.topk(k, dim=1, sorted=False)
         indices[rows] = candidates.gather(1, places)
         seen = some.gather(1, candidates.long()).to(x.dtype)
-        off = (seen - exact).square().mean(1).sqrt()
+        off = (seen - exact).abs().amax(1)
         rows = rows[~(values[rows].amin(1) >= seen.amin(1) + 4 * off)]
         m *= 2
     return values, indices, looked_at

@@ -79,7 +79,7 @@ def test_a_sparse_step_holds_no_dense_latents(parts):
             whole, parted = parts("sae=topk"), parts("sae=topk", "trainer.micro_batch_size=64")
         assert whole["gradients"].n_bytes == 0
         assert parted["gradients"].n_bytes == whole["parameters"].n_bytes
-    half = parts("sae=topk", "trainer.precision=screened")["encoder in half precision"]
+    half = parts("sae=topk", "trainer.precision=screened")["copy of the encoder"]
     assert half.n_bytes == pytest.approx(2 * 16 * 128, rel=0.05)
 
 

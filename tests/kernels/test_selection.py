@@ -67,6 +67,43 @@ def test_top_where_scores_are_close(selector):
     torch.testing.assert_close(values.double(), exact.gather(1, indices.long()), rtol=1e-6, atol=0)
 
 
+def test_top_where_the_bias_cancels_the_product(selector):
+    """As it does where latents share the mean of x."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(N, D, generator=generator) + 10
+    W = torch.randn(S, D, generator=generator) + 2
+    b = -W.sum(1) * 10
+    exact = x.double() @ W.double().T + b.double()
+    for _ in range(2):
+        values, _ = selector.top(x, W, b, 20)
+        order = values.sort(dim=1, descending=True).values
+        # What float32 rounds off of sums of some 500.
+        torch.testing.assert_close(order.double(), exact.topk(20).values, rtol=0, atol=1e-3)
+
+
+def test_rows_with_one_massive_entry(selector):
+    """In steps of its size the others are zero: what is lost is a latent's own direction."""
+    generator = torch.Generator().manual_seed(7)
+    d = 256
+    W = torch.nn.functional.normalize(torch.randn(S, d, generator=generator), dim=1)
+    x = 3 * W[:N].clone()
+    x[:, 5] = 500 * x.std()
+    exact = x @ W.T
+    _, indices = selector.top(x, W, torch.zeros(S), 20)
+    assert indices.sort(1).values.equal(exact.topk(20).indices.sort(1).values.int())
+    floor = exact.topk(20).values.amin().expand(S) - 1e-4
+    found = selector.above(x, W, torch.zeros(S), floor)
+    assert found.offsets.diff().equal((exact > floor).sum(1))
+
+
+def test_a_latent_that_is_no_number_hides_no_other(problem, selector):
+    x, W, b = problem
+    W[3, 2] = torch.nan
+    expected = ((x @ W.T + b) > 4.0).nonzero()
+    found = selector.above(x, W, b, torch.full((S,), 4.0))
+    assert found.indices.equal(expected[:, 1].int())
+
+
 def test_int8_is_left_where_it_is_too_coarse(problem, caplog):
     x, W, b = problem
     x[:, 3] *= 1000
@@ -133,7 +170,7 @@ def test_the_bound_of_a_screens_rounding_holds_and_is_no_exaggeration(outlier, w
     W[:, 7] *= weight
     exact = x.double() @ W.double().T
     off = (x.bfloat16().double() @ W.bfloat16().double().T - exact).abs()
-    bound = ScreenError(W).of(x).unsqueeze(1)
+    bound = ScreenError(W, torch.zeros(900)).of(x).unsqueeze(1)
     assert (off <= bound).all() and (off > bound / 6).any()
 
 

@@ -29,38 +29,47 @@ constexpr int64_t PANEL = 16, DEPTH = 64, TILE = PANEL * DEPTH;
 
 int64_t tiles_across(int64_t d) { return (d + DEPTH - 1) / DEPTH; }
 
-struct Int8Rows {  // Of W, as in native_ops.py; each padded with zeros to a whole pair of panels.
+struct Int8Rows {  // Of W, as in base.py; each padded with zeros to a whole pair of panels.
   int8_t* tiles;
   float* steps;
-  float* lengths;  // ‖W_j‖
+  float* lengths;
+  float* lost;
 };
 
-// The row's step, its whole numbers, and the sum of its squares. With NaN the step is NaN, with an
-// infinity infinite, and the numbers are zero: every score is NaN then.
+// A row's step, its length, and what may be lost of it. Its whole numbers are zero, and all scores
+// NaN, if it has a NaN, of which the step is one then, or an infinity.
 struct Quantised {
-  float step, squares;
+  float step, length, lost;
 };
 
 Quantised quantise(const float* __restrict row, int64_t d, int8_t* __restrict out) {
-  float most = 0, squares = 0;
+  float most = 0;
   int32_t odd = 0;
-#pragma omp simd reduction(max : most) reduction(+ : squares) reduction(| : odd)
+#pragma omp simd reduction(max : most) reduction(| : odd)
   for (int64_t c = 0; c < d; ++c) {
     const float size = std::fabs(row[c]);
     most = size > most ? size : most;
-    squares += row[c] * row[c];
     odd |= row[c] != row[c];
   }
   if (odd) most = std::numeric_limits<float>::quiet_NaN();
   if (!(most > 1e-30f && most < std::numeric_limits<float>::infinity())) {
     std::fill(out, out + d, 0);
-    return {most > 1e-30f || odd ? most : 0, squares};
+    const float step = most > 1e-30f || odd ? most : 0;
+    return {step, step, step};
   }
   const float scale = 127 / most;
-#pragma omp simd
-  for (int64_t c = 0; c < d; ++c)
-    out[c] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(row[c] * scale)));
-  return {most / 127, squares};
+  float squares = 0, of_zeros = 0;  // In steps, of which no square is too small.
+  int32_t zeros = 0;
+#pragma omp simd reduction(+ : squares) reduction(+ : of_zeros) reduction(+ : zeros)
+  for (int64_t c = 0; c < d; ++c) {
+    const float exact = row[c] * scale, whole = std::nearbyint(exact);
+    out[c] = static_cast<int8_t>(static_cast<int32_t>(whole));
+    squares += exact * exact;
+    of_zeros += whole == 0 ? exact * exact : 0;
+    zeros += whole == 0;
+  }
+  const float step = most / 127, share = static_cast<float>(zeros) / d;
+  return {step, step * std::sqrt(squares), step * std::sqrt(of_zeros * share)};
 }
 
 // Write `count` rows of W, at most a panel.
@@ -71,7 +80,8 @@ void write_panel(const float* W, int64_t first, int64_t count, int64_t d, Int8Ro
   for (int64_t j = 0; j < count; ++j) {
     const auto found = quantise(W + (first + j) * d, d, numbers.data() + j * T * DEPTH);
     to.steps[first + j] = found.step;
-    to.lengths[first + j] = std::sqrt(found.squares);
+    to.lengths[first + j] = found.length;
+    to.lost[first + j] = found.lost;
   }
   int8_t* tiles = to.tiles + first * T * DEPTH;
   for (int64_t line = 0; line < T * PANEL; ++line)
@@ -80,8 +90,12 @@ void write_panel(const float* W, int64_t first, int64_t count, int64_t d, Int8Ro
 }
 
 // Scores are off by the rounding of x and of W_j. A rounding error is uniform between −1/2 and 1/2
-// of a step, so that of a sum has a variance of (a² ‖W_j‖² + w_j² ‖x‖²) / 12, with steps a of x and
-// w_j of W_j. `error` is so many times its root, for the longest W_j and the largest w_j.
+// of a step and a matter of chance, so that of a sum has a variance of (a² ‖W_j‖² + w_j² ‖x‖²) / 12,
+// with steps a of x and w_j of W_j; so many times its root is counted on.
+//
+// But what is less than half a step is lost, and that is no matter of chance: where one entry of x
+// is far larger than the others, x₀, all that is lost, may be along a W_j. Of ‖W_j‖ as much lies in
+// those columns as if it were spread evenly: ⟨x₀, W_j⟩ ≤ ‖x₀‖ ‖W_j‖ √share. Likewise of W_j.
 constexpr float DEVIATIONS = 4;
 
 #ifdef __AMX_INT8__

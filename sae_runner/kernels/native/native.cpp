@@ -274,8 +274,9 @@ int32_t multiplies_int8() {
 }
 
 #ifdef __AMX_INT8__
-void int8_scores(const float* x, Int8Rows W, float longest, float largest_step, const float* b,
-                 int64_t n, int64_t S, int64_t d, int16_t* out, float* error, int64_t threads) {
+// `longest`, `largest_step`, `most_lost`: of all rows of W.
+void int8_scores(const float* x, Int8Rows W, float longest, float largest_step, float most_lost,
+                 const float* b, int64_t n, int64_t S, int64_t d, int16_t* out, float* error, int64_t threads) {
   const int64_t width = tiles_across(d) * DEPTH, padded = (n + 31) / 32 * 32;
   thread_local std::vector<int8_t> room;
   thread_local std::vector<float> steps;
@@ -287,9 +288,10 @@ void int8_scores(const float* x, Int8Rows W, float longest, float largest_step, 
     std::vector<int8_t> numbers(width);
     for (int64_t t = begin; t < end; ++t) {
       const auto found = quantise(x + t * d, d, numbers.data());
-      const float a = found.step * longest;
-      const float variance = (a * a + found.squares * largest_step * largest_step) / 12;
-      row_steps[t] = found.step, error[t] = DEVIATIONS * std::sqrt(variance);
+      const float by_chance = std::hypot(found.step * longest, found.length * largest_step);
+      row_steps[t] = found.step;
+      error[t] = DEVIATIONS / std::sqrt(12.0f) * by_chance + found.lost * longest +
+                 found.length * most_lost;
       for (int64_t c = 0; c < width; c += DEPTH)
         std::memcpy(rows + begin * width + c * PANEL + (t - begin) * DEPTH, &numbers[c], DEPTH);
     }
