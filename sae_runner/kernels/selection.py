@@ -116,10 +116,10 @@ class Selector:
         least = floor.to(W.dtype)
         if screened:  # Scores are rounded too, and so is b where it has no columns of its own.
             least = floor - 2**-8 * (floor.abs() + (0 if beside(W.device) else b.abs()))
-        parts, looked_at = [], 0
+        least, parts, looked_at = least.contiguous(), [], 0
         for part, scores, error in self._chunks(x, W, b, half, screened):
             off = part.new_zeros(len(part)) if error is None else error
-            offsets, indices = ops.above(scores, least.contiguous(), off)
+            offsets, indices = ops.above(scores, least, off)
             rows = torch.repeat_interleave(offsets.diff(), output_size=len(indices))
             if screened:
                 looked_at += len(indices)

@@ -276,7 +276,8 @@ int32_t multiplies_int8() {
 #ifdef __AMX_INT8__
 // `longest`, `largest_step`, `most_lost`: of all rows of W.
 void int8_scores(const float* x, Int8Rows W, float longest, float largest_step, float most_lost,
-                 const float* b, int64_t n, int64_t S, int64_t d, int16_t* out, float* error, int64_t threads) {
+                 const float* b, int64_t n, int64_t S, int64_t d, int16_t* out, float* error,
+                 int64_t threads) {
   const int64_t width = tiles_across(d) * DEPTH, padded = (n + 31) / 32 * 32;
   thread_local std::vector<int8_t> room;
   thread_local std::vector<float> steps;
@@ -329,8 +330,8 @@ void list_above_fp32(const int32_t* scores, const float* least, const float* err
 // Memory is read in order, yet the processor's own prefetcher stops at each page, which is a row or
 // two: asking for the next row while this one is at work takes 20% less time.
 void adam(float* W, float* exp_avg, float* exp_avg_sq, uint16_t* shadow, int64_t shadow_stride,
-          Int8Rows in_int8, const Factor* factors, int64_t n_factors, int64_t S, int64_t d, Step s, int64_t unit,
-          int64_t threads) {
+          Int8Rows in_int8, const Factor* factors, int64_t n_factors, int64_t S, int64_t d, Step s,
+          int64_t unit, int64_t threads) {
   constexpr int64_t COLUMNS = 64;
   const Gradient gradient(factors, n_factors, S, d, threads);
   in_parallel(S, LATENTS, threads, [&](int64_t begin, int64_t end) {
