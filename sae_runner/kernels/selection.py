@@ -21,13 +21,12 @@ from torch import Tensor
 from sae_runner.kernels import int8, native_ops
 from sae_runner.kernels.base import Int8Rows
 from sae_runner.kernels.choice import ops_for
+from sae_runner.kernels.screen_error import ScreenError
 from sae_runner.kernels.torch_ops import n_candidates
 
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "screened", "bf16"]
-SCREEN_ERROR = 4 * 2.0**-9
-"""What a threshold is lowered by, in units of the rounding of a sum: see `ScreenError`."""
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 2**29}
 """What a chunk of scores may take. On a CPU it should stay in the last cache until it is searched.
 After each its threads wait for each other: long, where another process has one of the cores."""
@@ -285,29 +284,3 @@ class Selector:
 def _product(W: Tensor, b: Tensor, part: Tensor, out: Tensor) -> None:
     """Scores of rows: x Wᵀ + b."""
     torch.addmm(b, part.to(W.dtype), W.T, out=out)
-
-
-class ScreenError:
-    """How far a product in bfloat16 is off at most, of all latents: 4 · 2^-9 √(Σ_i x_i² W_ji²).
-
-    Factors are off by a relative 2^-9 at most, at random, so a sum is by less than the root, a few
-    times. It is at most ‖x‖₄ ‖W_j‖₄ (Cauchy-Schwarz), and at most ‖x · max_j |W_j|‖: less than the
-    former where a column of x is far larger than the others, and W small there.
-    """
-
-    def __init__(self, W: Float[Tensor, "d_sae d"], b: Float[Tensor, " d_sae"]) -> None:
-        self.length, self.columns = norm4(W).max(), W.abs().amax(0)
-        self.of_b = 2**-20 * b.abs().max()  # Sums as large as that are rounded in float32.
-
-    def of(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Of each row."""
-        by_columns = torch.linalg.vector_norm(x * self.columns, dim=1)
-        error = SCREEN_ERROR * torch.minimum(norm4(x) * self.length, by_columns) + self.of_b
-        return error.nan_to_num(math.inf, math.inf)
-
-
-def norm4(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """‖x‖₄ of each row."""
-    some = len(x) if x.device.type != "cpu" else max(1, 2**18 // x.shape[1])  # Stay in a cache.
-    parts = [torch.linalg.vector_norm(part.square(), dim=1).sqrt() for part in torch.split(x, some)]
-    return torch.cat(parts)

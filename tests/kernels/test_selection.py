@@ -5,7 +5,8 @@ import torch
 
 from sae_runner.kernels import int8, selection
 from sae_runner.kernels.choice import using
-from sae_runner.kernels.selection import ScreenError, Selector
+from sae_runner.kernels.screen_error import ScreenError
+from sae_runner.kernels.selection import Selector
 
 N, D, S = 150, 24, 700
 
