@@ -1,6 +1,6 @@
 """The C++ of native/ as a shared library: compiled at first use, kept, and loaded.
 
-One call of the compiler without any header of PyTorch takes 5 s. Torch's own loader
+One call of the compiler without any header of PyTorch takes 3 s. Torch's own loader
 needs ninja and 15 s, checks both at each start, and waits for ever on the lock of a killed compile.
 There is no lock here: who compiles at the same time writes the same file, and gives it its name
 when it is whole.
